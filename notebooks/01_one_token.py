@@ -19,9 +19,9 @@
 #
 # Gemma 2 is a language model that Google released in 2024 in three sizes: the 2B, the 9B and the 27B. The name of a
 # size says how many billions of numbers the model contains. These numbers are the model's **weights**. They were
-# **trained**: changed, a little at a time, until the model's answers fitted a great deal of text. For each weight,
-# training computes the slope: how much the answer changes if the weight changes. The slope gives the direction of the
-# change. `refgemma` is this model in NumPy.
+# **trained**: changed, a little at a time, until the model's answers fitted a great deal of text. A number, the error,
+# says how badly the answers fit. For each weight, training computes the slope: how much the error changes if the weight
+# changes. The slope gives the direction of the change. `refgemma` is this model in NumPy.
 #
 # You need NumPy: arrays, shapes, and `@` for the product of matrices. The notebooks explain everything else when it is
 # needed. The model in this notebook is *tiny*. It has 2.9 million trained numbers, while the 9B has 9.2 billion, but it
@@ -31,7 +31,8 @@
 # ![Drawing of the model: all parts of Gemma 2](pictures/model-01.svg)
 #
 # The drawing shows the whole model, with the sizes of the tiny model. In each later notebook, the part that the
-# notebook explains is highlighted.
+# notebook explains is highlighted. Notebook 2 explains `÷ √39`, notebook 4 `cap 50` and `cap 30`, and notebook 5
+# `sliding`, `full` and `last 64`.
 
 # %%
 import numpy as np
@@ -49,7 +50,7 @@ config.num_hidden_layers, config.hidden_size, config.vocab_size
 #
 # The model knows 2048 pieces of text. A piece is called a **token**, its number is its **id**, and all tokens together
 # are the **vocabulary**. A frequent word is one token; a rare word is several tokens. The first token of every text is
-# `<bos>` (*beginning of sequence*). In the list below, `▁` stands for a space.
+# `<bos>` (*beginning of sequence*). In the list below, `▁` stands for a space; the pictures show it as `·`.
 
 # %%
 ids = tiny.tokenizer.encode("The little girl looked at the")
@@ -110,8 +111,8 @@ len(run.layers), run.logits.shape
 # $$h' = h + \mathrm{norm}(\mathrm{attention}(\mathrm{norm}(h)))$$
 # $$h'' = h' + \mathrm{norm}(\mathrm{feedforward}(\mathrm{norm}(h')))$$
 #
-# In the record of a block, $h'$ is called `middle` and $h''$ is called `out`. Each norm has the name of its weights.
-# All these names end in `layernorm`, the name of an older kind of norm.
+# In the record of a block, $h'$ is called `middle` and $h''$ is called `out`. The result of a norm has the same name
+# as its weights. All these names end in `layernorm`, the name of an older kind of norm.
 
 # %%
 block = run.layers[0]  # the record of the first block
@@ -124,8 +125,9 @@ list(vars(block))
 # %% [markdown]
 # Every block adds to the stream, and here the additions do not cancel out: the stream grows. The picture shows the size
 # of the numbers in the stream, the **root mean square** (RMS) $\sqrt{\mathrm{mean}(h^2)}$, before the first block (0
-# blocks done) and after each block. Each line is a token. A norm divides a vector by its root mean square, so its result
-# has the RMS 1, and then multiplies each column by a trained factor. It is therefore called *RMSNorm*.
+# blocks done) and after each block. Each line is a token; the last token is highlighted. A norm divides a vector by its
+# root mean square, so its result has the RMS 1, and then multiplies each column by a trained factor $1 + w$ (notebook
+# 6). It is therefore called *RMSNorm*.
 
 # %%
 _ = viz.residual_norms(run, tokens)
@@ -147,27 +149,29 @@ angles = np.degrees(np.arccos(np.sum(added * stream[:-1], axis=1) / lengths))
 axes = viz.new_axes(6.4, 3)
 axes.bar(np.arange(6) - 0.2, sizes, width=0.4, label="size of the added vector")
 axes.bar(np.arange(6) + 0.2, rises, width=0.4, label="rise of the line")
-axes.set(xlabel="block", ylabel="root mean square", ylim=(0, 2))
+axes.set(xlabel="block", ylabel="root mean square", ylim=(0, 2.2))
 axes.set_title("size of the addition, and growth")
 for number, angle in enumerate(angles):
     axes.text(number - 0.2, sizes[number] + 0.04, f"{angle:.0f}°", ha="center")
-_ = axes.legend()
+_ = axes.legend(loc="upper center", ncols=2)
 
 # %% [markdown]
-# **Question.** Block 2 adds the most, but the line rises most in block 1. How is that possible?
+# **Question.** Block 2 adds half as much again as block 1 (1.52 and 1.02). But the line rises less in block 2 (0.56)
+# than in block 1 (0.79). How is that possible?
 #
 # <details><summary>Answer</summary>
 # Five of the six vectors stand nearly at a right angle to the stream (75 to 90 degrees). Such a vector turns the stream
-# more than it lengthens the stream: the lengths add like the sides of a right triangle, $\sqrt{a^2 + b^2}$. The vector
-# of block 1 points more in the direction of the stream (51 degrees). So the slope of the line does not show how much a
-# block adds. If nothing were added, every line would be flat, and the answer would depend on the last token alone.
+# more than it lengthens the stream: the lengths add like the sides of a right triangle, √(a² + b²). The vector of block
+# 1 points more in the direction of the stream (51 degrees). So the slope of the line does not show how much a block
+# adds.
 # </details>
 #
 # ## Inside the feed-forward half
 #
 # Two matrices turn the vector into two vectors of `intermediate` numbers (408 here). One vector, the *gate*, goes
 # through a function called GELU. GELU keeps positive numbers and makes negative ones almost 0. The gate is then
-# multiplied by the other vector, *up*. A third matrix brings the product back to `hidden` numbers:
+# multiplied by the other vector, *up*, so it controls how much of each number of *up* passes. Where the gate is almost
+# 0, it is *closed*. A third matrix brings the product back to `hidden` numbers:
 #
 # $$\mathrm{feedforward}(x) = W_{down}\,\big(\mathrm{gelu}(W_{gate}\,x) \cdot W_{up}\,x\big)$$
 
@@ -187,7 +191,8 @@ print(f"{closed:.0%} of the gates are closed (negative after GELU)")
 #
 # After the last block, the stream goes through one more norm. Its product with each row of the embedding table gives
 # the **logits**: 2048 numbers, one score for each token as the next token. The same table is used at the start, for the
-# embedding; this is called a *tied head*. Last, a smooth function keeps the logits between −30 and 30 (notebook 4):
+# embedding; this is called a *tied head*. (The *heads* of attention, in notebook 2, are something else.) Last, a smooth
+# function keeps the logits between −30 and 30 (notebook 4):
 #
 # $$\mathrm{logits} = 30 \tanh\big(\mathrm{norm}(h)\,E^T / 30\big)$$
 #
@@ -196,6 +201,7 @@ print(f"{closed:.0%} of the gates are closed (negative after GELU)")
 # %%
 raw = run.norm @ weights.embed_tokens.T
 assert raw.shape == run.logits.shape == (1, seq, config.vocab_size)
+assert np.allclose(30 * np.tanh(raw / 30), run.logits, atol=1e-4)
 
 probs = viz.probabilities(run.logits[0, -1])
 assert probs.shape == (config.vocab_size,)
@@ -219,10 +225,11 @@ tiny.tokenizer.decode(longer, skip_special_tokens=True)
 # This loop computes every token again at each step. A *cache* avoids this (notebook 5).
 #
 # The **place** of a token is its number in the text, from 0. The model gives an answer at every place, not only at the
-# last one. After each token it predicts the next token without seeing it, as in training. We can also compute logits *early*: apply the norm and the head to the stream after
-# each block, as if that block were the last. The picture of these logits is called the **logit lens**; its lowest row
-# is the embedding alone. (A label like `<0xE0>` is the token of a single byte. Text that no other token covers is
-# written in bytes.)
+# last one. After each token it predicts the next token without seeing it, as in training. We can also compute logits
+# *early*: apply the norm and the head to the stream after each block, as if that block were the last. The picture of
+# these logits is called the **logit lens**; its lowest row is the embedding alone. Each square shows the most likely
+# token, and a darker square a higher probability. (A label like `<0xE0>` is the token of a single byte. Text that no
+# other token covers is written in bytes.)
 
 # %%
 lens = viz.lens_logits(run, weights, config)
@@ -268,11 +275,11 @@ viz.array_view(looks, "batch heads seq keys")
 # ## Exercises
 #
 # `embed` looks up rows and scales them. In half precision (numbers of 16 bits, notebook 7) the factor is rounded to the
-# precision of the table. In the next cell, replace the line `raise NotImplementedError`, run the cell, and read the
-# result of the check. The expected values were recorded from PyTorch, the library that usually runs the model. If you
-# are stuck, `exercises.hint("embed")` gives a hint, and the next call gives a larger hint. A solution is folded below
-# each exercise. `exercises.progress("progress.json")` shows a page of your progress; use the same file in all
-# notebooks.
+# precision of the table; `narrow(number, like=table)` does this (`from refgemma import narrow`). In the next cell,
+# replace the line `raise NotImplementedError`, run the cell, and read the result of the check. The expected values were
+# recorded from PyTorch, the library that usually runs the model. If you are stuck, `exercises.hint("embed")` gives a
+# hint, and each further call of `exercises.hint` gives a larger one. A solution is folded below each exercise.
+# `exercises.progress("progress.json")` shows a page of your progress; use the same file in all notebooks.
 
 # %%
 from refgemma.teach import exercises

@@ -90,7 +90,7 @@ assert keys.shape == (1, heads, seq, head_dim)
 # <details><summary>Answer</summary>
 # Two of the six query heads, 1 and 4, would look at keys that they were not trained with; in the 9B it would be 14 of
 # 16. No error appears, but the answers get worse: the right next token of this text becomes less likely, by a factor of
-# 0.72 on (geometric) average. This mistake has happened in **ports** (reimplementations of the model in other
+# 0.72 on (geometric) average. This mistake has happened in <b>ports</b> (reimplementations of the model in other
 # programs). The exercise below is about it.
 # </details>
 #
@@ -103,9 +103,10 @@ assert keys.shape == (1, heads, seq, head_dim)
 #
 # (A sum of $n$ random products of size 1 has a size of about $\sqrt n$. The constant compensates for this.)
 #
-# In many models the constant under the root is `head_dim`. In Gemma 2 it is a separate number: 144 in the 27B, whose
-# heads have 128 numbers. A smooth function then keeps the scores between −50 and 50 (notebook 4). In the record, the
-# result is called `capped`.
+# In many models the constant under the root is `head_dim`. In Gemma 2 it is a separate number: 256 in the 2B and the
+# 9B, equal to their `head_dim`, but 144 in the 27B, whose heads have 128 numbers. There it is `hidden` divided by the
+# number of heads, 4608 / 32. The tiny model follows the 27B: 234 / 6 = 39. A smooth function then keeps the scores
+# between −50 and 50 (notebook 4). In the record, the result is called `capped`.
 
 # %%
 scale = config.query_pre_attn_scalar**-0.5
@@ -115,12 +116,13 @@ assert scores.shape == (1, heads, seq, seq)  # a number for each query and each 
 config.query_pre_attn_scalar, head_dim, float(np.abs(scores).max())
 
 # %% [markdown]
-# **Question.** Suppose the constant is removed. What does the softmax return for scores that are six times as large?
+# **Question.** Suppose the constant is removed, so that the scores are √39 ≈ 6.2 times as large. What does the softmax
+# return for them? (Leave the cap out.)
 #
 # <details><summary>Answer</summary>
 # More than 90 % of a row goes to its best key, on average over the heads of this block; with the constant it is 69 %.
-# If the scores are large, the softmax nearly picks the maximum. Its slope is then almost 0, so training has little to
-# learn from.
+# If the scores are large, the softmax nearly picks the maximum. Its result then hardly changes if a score changes: the
+# slope is almost 0, and training has little to learn from.
 # </details>
 
 # %% [markdown]
@@ -128,10 +130,10 @@ config.query_pre_attn_scalar, head_dim, float(np.abs(scores).max())
 #
 # During training, the model must predict the next token at every place, so a token must not see the next token. A
 # **mask** marks the keys that a query may see. The **causal** mask allows the keys at the query's own place and at
-# earlier places. Masked keys get the probability 0. The softmax of the other scores (`capped`) gives the other
-# probabilities, whose sum is 1:
+# earlier places. Masked keys get the probability 0. The softmax of the other scores, after the cap ($c_{ij}$, in
+# the record `capped`), gives the other probabilities, whose sum is 1:
 #
-# $$p_{ij} = \frac{e^{s_{ij}}}{\sum_{k \le i} e^{s_{ik}}} \;\text{ for } j \le i, \text{ else } 0$$
+# $$p_{ij} = \frac{e^{c_{ij}}}{\sum_{k \le i} e^{c_{ik}}} \;\text{ for } j \le i, \text{ else } 0$$
 
 # %%
 places = np.arange(seq)
@@ -146,7 +148,8 @@ _ = viz.mask_picture(mask, places, places, "causal mask: dark may be seen")
 # ## Mixing
 #
 # Every query averages the values of the keys that it sees, with the weights $p$. The results of all heads are placed
-# side by side, and a last matrix brings them back to `hidden` numbers:
+# side by side, and a last matrix brings them back to `hidden` numbers. Three query heads share a value head, as they
+# share a key head: `repeat_kv` returns the value $v^h$ of each query head $h$.
 #
 # $$\mathrm{attention}(x)_i = W_o \; \mathrm{concat}_h \Big(\sum_j p^h_{ij}\, v^h_j\Big)$$
 
@@ -164,9 +167,9 @@ assert np.allclose(out, seen.attention.out, atol=1e-5)
 # ## Attention patterns
 #
 # Each row of these pictures shows where one query looks. Head 0 of block 2 mostly looks at the token just before (80 %
-# of its attention). Head 0 of block 3 looks at `<bos>` (94 %). The probabilities of a query must have the sum 1, so a
-# head that finds nothing relevant must still look *somewhere*. Trained models then use the first token. It is called
-# an **attention sink**.
+# of its attention). Head 0 of block 3 looks at `<bos>` (94 %). One row is an exception: from `·great`, this head looks
+# at all earlier tokens. The probabilities of a query must have the sum 1, so a head that finds nothing relevant must
+# still look *somewhere*. Trained models then use the first token. It is called an **attention sink**.
 
 # %%
 from matplotlib import pyplot as plt
@@ -177,7 +180,8 @@ viz.attention_map(before, tokens, title="block 2, head 0: the token before", axe
 _ = viz.attention_map(sink, tokens, title="block 3, head 0: a sink", axes=right)
 
 # %% [markdown]
-# Look at the other heads yourself. In Jupyter there are two sliders below the picture.
+# Look at the other heads yourself. In Jupyter there are two sliders below the picture. On the website,
+# <a href="../live.html">the live page</a> shows all heads.
 
 
 # %%
@@ -213,7 +217,8 @@ _ = figure.colorbar(image, ax=all_axes, label="mean share of the attention")
 #
 # To find out, the next cell switches a head off and compares the answers. The numbers of a head go through `head_dim`
 # columns of $W_o$, so these columns are set to 0. (Switching off a part to find its effect is called **ablation**.) The
-# result is the share of the probability that moves to other next tokens, averaged over the places.
+# result is the share of the probability that moves to other next tokens, averaged over the places
+# after `<bos>`.
 
 # %%
 from dataclasses import replace
@@ -242,20 +247,21 @@ pictures = ((left, share, "share of <bos>"), (right, moved, "moved if ablated"))
 for axes, image, title in pictures:
     figure.colorbar(axes.imshow(image, cmap="Blues", vmin=0), ax=axes)
     axes.set(title=title, xlabel="head", ylabel="block")
+print(f"moved at most: {moved.max():.1%}")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 # No. Head 0 of block 3 spends 94 % of its attention on <code>&lt;bos&gt;</code>, but without this head only 3 % of the
-# probability moves. Head 4 of block 2 matters most, with 17 %. The value of <code>&lt;bos&gt;</code> is not small here:
-# its length is 4.85, and the other values have a mean of 4.75. But <code>&lt;bos&gt;</code> sees only itself, so its
-# value is the same vector in every text. So the vector that this head adds says almost nothing about the text.
+# probability moves. Head 4 of block 2 matters most, with 16.5 %. The value of <code>&lt;bos&gt;</code> is not small
+# here: its length is 4.85, and the other values have a mean of 4.75. But <code>&lt;bos&gt;</code> sees only itself, so
+# its value is the same vector in every text. So the vector that this head adds says almost nothing about the text.
 # </details>
 #
 # ## Exercise
 #
 # `repeat_kv` repeats the key heads, so that every query head has its key head. The array `x` has the axes (batch,
 # kv_heads, keys, head_dim). In the next cell, replace the line `raise NotImplementedError`, run the cell, and read the
-# result of the check.
+# result of the check. `exercises.hint("repeat_kv")` gives a hint.
 
 # %%
 from refgemma.teach import exercises

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # 3. Rotary positions
 #
-# The attention of notebook 2 does not know the order of words: the product of a query and a key is the same at any two
-# places in the text. Gemma encodes the order of words by *rotating* queries and keys by angles that depend on their
+# Without a rotation, attention does not know the order of words: the product of a query and a key is the same at any
+# two places in the text. Gemma encodes the order of words by *rotating* queries and keys by angles that depend on their
 # places. This is called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score*
-# (their product), *port* (a reimplementation of the model in another program).
+# (their dot product), *port* (a reimplementation of the model in another program).
 #
 # ![Drawing of the model: the rotation of queries and keys is lit](pictures/model-03.svg)
 #
@@ -42,10 +42,11 @@ head_dim, theta = config.head_dim, config.rope_theta
 #
 # $$(a, b) \mapsto (a \cos\varphi - b \sin\varphi, \; b \cos\varphi + a \sin\varphi)$$
 #
-# A rotation does not change the length. If one point is rotated by $\varphi$ and another by $\psi$, their product
-# depends only on $\varphi - \psi$. So if the angle is proportional to the position, the score of a query and a key
-# depends on the *distance* between them. This is the whole idea. (The *position* is the number from which the angle is
-# computed. In these notebooks it is always the place of the token in the text.)
+# A rotation does not change the length. If one point is rotated by $\varphi$ and another by $\psi$, their dot product
+# depends only on $\varphi - \psi$: a dot product is the two lengths times the cosine of the angle between the points,
+# and the rotations change this angle by $\varphi - \psi$. So if the angle is proportional to the position, the score of
+# a query and a key depends on the *distance* between them. This is the whole idea. (The *position* is the number from
+# which the angle is computed. In these notebooks it is always the place of the token in the text.)
 
 
 # %%
@@ -70,8 +71,9 @@ np.round(products, 4)
 #
 # $$\omega_i = \theta^{-2i / \mathrm{head\_dim}}, \qquad \theta = 10000$$
 #
-# The first pair rotates by one radian per token, which distinguishes neighbours. The last one rotates by 0.00018 radian
-# per token here (0.00011 with the 256 numbers of the 9B's heads), which distinguishes distant places.
+# $\theta$ is not an angle: it is a number of the configuration, `rope_theta`. The larger it is, the slower the last
+# pairs rotate. The first pair rotates by one radian per token, which distinguishes neighbours. The last one rotates by
+# 0.00018 radian per token here (0.00011 with the 256 numbers of the 9B's heads), which distinguishes distant places.
 
 # %%
 exponents = np.arange(0, head_dim, 2) / head_dim
@@ -92,17 +94,18 @@ _ = viz.rotary_phases(np.arange(200), head_dim, theta)
 #
 # ## The tables
 #
-# `ops.rotary_tables` returns cosines and sines for all positions at once. These two tables have an axis of length 1,
-# because all heads rotate by the same angles. Every angle is in them twice, at $i$ and at $i + \mathrm{head\_dim}/2$;
-# the next section explains why. The last argument is an array that only sets the precision of the tables.
+# `ops.rotary_tables` returns cosines and sines for all positions at once. Their axes are (batch, heads, seq, head_dim).
+# The axis of the heads has length 1, because all heads rotate by the same angles. Every angle is in them twice, at $i$
+# and at $i + \mathrm{head\_dim}/2$; the next section explains why. The last argument is an array that only sets the
+# precision of the tables.
 
 # %%
 positions = np.arange(12)[None]  # (batch, seq)
 cos, sin = ops.rotary_tables(positions, head_dim, theta, np.zeros(0, np.float32))
 
 assert cos.shape == sin.shape == (1, 1, 12, head_dim)
-# Numbers 0 and 16 form a pair, and so do 1 and 17.
-cos[0, 0, :3, [0, 1, 16, 17]].round(3)
+# A row is a position. Numbers 0 and 16 form a pair, and so do 1 and 17.
+cos[0, 0, :3][:, [0, 1, 16, 17]].round(3)
 
 # %% [markdown]
 # ## Which numbers form a pair?
@@ -113,8 +116,8 @@ cos[0, 0, :3, [0, 1, 16, 17]].round(3)
 #
 # $$\mathrm{rotate}(x) = x \cdot \cos + (-x_{\text{second half}},\; x_{\text{first half}}) \cdot \sin$$
 #
-# Both choices are equally good, if the model is used with the same choice as in training. Confusing the two choices is
-# one of the most common mistakes in ports.
+# Both choices are equally good, if the model is used with the same choice as in training. Ports have confused them;
+# `refgemma known-bugs rope-interleaved` names two.
 
 # %%
 x = np.random.default_rng(0).standard_normal((1, 1, 12, head_dim)).astype(np.float32)
@@ -130,7 +133,8 @@ assert np.array_equal(rotated, by_hand)
 # ## The score depends on the distance
 #
 # The next cell puts one query and one key at all places, and computes the scores. Along a diagonal the distance is
-# constant, and so is the score.
+# constant, and so is the score. White is the score 0. Above the main diagonal the key comes after the query; the mask
+# of notebook 2 removes these scores in the model.
 
 # %%
 rng = np.random.default_rng(1)
@@ -140,7 +144,9 @@ scores = (ops.rotate(q, cos, sin) @ ops.rotate(k, cos, sin).swapaxes(-1, -2))[0,
 
 assert scores.shape == (60, 60)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-figure.colorbar(left.imshow(scores, cmap="RdBu"), ax=left, label="score")
+most = np.abs(scores).max()
+image = left.imshow(scores, cmap="RdBu", vmin=-most, vmax=most)  # white is 0
+figure.colorbar(image, ax=left, label="score")
 left.set(xlabel="place of the key", ylabel="place of the query")
 left.set_title("one query, one key, all places")
 right.plot(scores[:, 0])
@@ -185,15 +191,16 @@ np.abs(in_float32 - exact).max(), np.abs(in_bfloat16 - exact).max()
 #
 # <details><summary>Answer</summary>
 # The speed itself is rounded, by up to 6e-8 of its value (half the distance between two float32 numbers near 1). The
-# error of the angle is 8000 times as large: about 8000 · 6e-8, or half a thousandth. If two programs compute the speeds
-# in different ways, their angles differ by that much. This is why <code>ops.rotary_tables</code> has an unusual
-# formula: its speeds agree with PyTorch's to the last bit.
+# error of the angle is 8000 times as large. No speed is above 1, so it is at most 8000 · 6e-8, or half a thousandth. If
+# two programs compute the speeds in different ways, their angles can differ by that much. This is why
+# <code>ops.rotary_tables</code> has an unusual formula: its speeds agree with PyTorch's to the last bit.
 # </details>
 #
 # ## Exercise
 #
 # `rotate` rotates all pairs of a head. The tables have every angle twice, as above. In the next cell, replace the line
-# `raise NotImplementedError`, run the cell, and read the result of the check.
+# `raise NotImplementedError`, run the cell, and read the result of the check. `exercises.hint("rotate")`
+# gives a hint.
 
 # %%
 from refgemma.teach import exercises

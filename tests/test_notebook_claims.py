@@ -4,7 +4,6 @@ Each test quotes the sentences that it measures, so that a changed sentence need
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -153,14 +152,15 @@ def test_01_gelu() -> None:
 
 @claim(
     1,
-    "Block 2 adds the most, but the line rises most in block 1.",
+    "Block 2 adds half as much again as block 1 (1.52 and 1.02).",
+    "But the line rises less in block 2 (0.56) than in block 1 (0.79).",
     "Five of the six vectors stand nearly at a right angle to the stream (75 to 90 degrees).",
     "points more in the direction of the stream (51 degrees)",
 )
 def test_01_additions_are_nearly_perpendicular() -> None:
     names = after(1, "angles = np.degrees")
-    assert names.sizes.argmax() == 2
-    assert names.rises.argmax() == 1
+    assert np.allclose(names.sizes[1:3], [1.02, 1.52], atol=0.005)
+    assert np.allclose(names.rises[1:3], [0.79, 0.56], atol=0.005)
     assert round(names.angles[1]) == 51
     others = np.delete(names.angles, 1)
     assert others.min() > 75
@@ -187,28 +187,14 @@ def test_01_the_lowest_rows_predict_themselves() -> None:
     assert 3 < lengths[best[0, 3]] / lengths[names.ids[3]] < 3.5
 
 
-@claim(1, "If nothing were added, every line would be flat, and the answer would depend on the last token alone.")
-def test_01_without_additions_only_the_last_token_counts() -> None:
-    def without_blocks(ids: list[int]) -> Any:
-        silent = [
-            replace(layer, **{name: np.full_like(getattr(layer, name), -1) for name in
-                              ("post_attention_layernorm", "post_feedforward_layernorm")})
-            for layer in WEIGHTS.layers
-        ]  # fmt: skip
-        return refgemma.forward([ids], replace(WEIGHTS, layers=silent), CONFIG)
-
-    one, other = without_blocks([2, 300, 400]), without_blocks([2, 500, 400])
-    assert np.array_equal(one.embedded, one.layers[-1].out)
-    assert np.array_equal(one.logits[0, -1], other.logits[0, -1])
-
-
 # --- 2 ----------------------------------------------------------------------------------------------------------------
 
 
 @claim(
     2,
     "Query heads 0, 1, 2 look at key head 0, and 3, 4, 5 at key head 1.",
-    "144 in the 27B, whose heads have 128 numbers",
+    "256 in the 2B and the 9B, equal to their `head_dim`, but 144 in the 27B, whose heads have 128 numbers",
+    "There it is `hidden` divided by the number of heads, 4608 / 32. The tiny model follows the 27B: 234 / 6 = 39.",
     "The tiny model has 6 query heads, and only 2 key/value heads.",
 )
 def test_02_heads() -> None:
@@ -218,8 +204,13 @@ def test_02_heads() -> None:
         for h in range(6)
     ]
     assert heads == [0, 0, 0, 1, 1, 1]
+    for size in ("2b", "9b"):
+        small = refgemma.Gemma2Config.preset(size)
+        assert small.query_pre_attn_scalar == small.head_dim == 256
     big = refgemma.Gemma2Config.preset("27b")
     assert (big.query_pre_attn_scalar, big.head_dim) == (144, 128)
+    assert (big.hidden_size, big.num_attention_heads) == (4608, 32)
+    assert (CONFIG.query_pre_attn_scalar, CONFIG.hidden_size) == (39, 234)
 
 
 @claim(2, "Masked keys get the probability 0.", "Every query averages the values of the keys that it sees")
@@ -273,8 +264,14 @@ def test_02_without_the_constant() -> None:
     2,
     "Head 0 of block 2 mostly looks at the token just before (80 % of its attention). Head 0 of block 3 looks at "
     "`<bos>` (94 %).",
+    "from `·great`, this head looks at all earlier tokens",
 )
 def test_02_patterns() -> None:
+    names = after(2, "habits = {")
+    to_bos = names.habits["<bos>"][3, 0]
+    assert names.tokens[1 + to_bos.argmin()] == "▁great"
+    assert to_bos.min() < 0.2
+    assert np.delete(to_bos, to_bos.argmin()).min() > 0.9
     habits = {name: shares.mean(axis=-1) for name, shares in after(2, "habits = {").habits.items()}
     assert habits["the token before"][2, 0] == pytest.approx(0.80, abs=0.005)
     assert habits["<bos>"][3, 0] == pytest.approx(0.94, abs=0.005)
@@ -284,7 +281,7 @@ def test_02_patterns() -> None:
 
 @claim(
     2,
-    "but without this head only 3 % of the probability moves. Head 4 of block 2 matters most, with 17 %.",
+    "but without this head only 3 % of the probability moves. Head 4 of block 2 matters most, with 16.5 %.",
     "its length is 4.85, and the other values have a mean of 4.75",
     "its value is the same vector in every text",
 )
@@ -292,7 +289,7 @@ def test_02_the_value_of_bos_is_not_small_and_not_used() -> None:
     moved = after(2, "moved = np.zeros").moved
     assert round(100 * moved[3, 0]) == 3
     assert moved.argmax() == 2 * 6 + 4
-    assert round(100 * moved[2, 4]) in (16, 17)
+    assert moved[2, 4] == pytest.approx(0.165, abs=0.0005)
     lengths = np.linalg.norm(run_tiny(SEA)[1].layers[3].attention.v[0, 0], axis=-1)
     assert lengths[0] == pytest.approx(4.85, abs=0.005)
     assert lengths[1:].mean() == pytest.approx(4.75, abs=0.005)
@@ -306,13 +303,16 @@ def test_02_the_value_of_bos_is_not_small_and_not_used() -> None:
 @claim(
     3,
     "A rotation does not change the length.",
-    "their product depends only on $\\varphi - \\psi$",
+    "their dot product depends only on $\\varphi - \\psi$",
+    "a dot product is the two lengths times the cosine of the angle between the points",
     "Along a diagonal the distance is constant, and so is the score.",
 )
 def test_03_rotation() -> None:
     names = after(3, "products = [turn")
     assert np.isclose(np.linalg.norm(names.turn(names.query, 1.0)), np.linalg.norm(names.query))
     assert np.allclose(names.products, names.products[0])
+    between = degrees(names.turn(names.query, 2.0), names.turn(names.key, 1.5)) - degrees(names.query, names.key)
+    assert np.isclose(abs(between), np.degrees(0.5))
     scores = after(3, "scores = (ops.rotate").scores
     assert np.allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-4)
 
@@ -352,7 +352,7 @@ def test_03_a_score_may_rise_with_the_distance() -> None:
     3,
     "8 bits cannot distinguish 8000 from 8015, which is more than two turns further.",
     "by up to 6e-8 of its value",
-    "about 8000 · 6e-8, or half a thousandth",
+    "No speed is above 1, so it is at most 8000 · 6e-8, or half a thousandth.",
 )
 def test_03_angles_need_float32() -> None:
     assert bf16(8000) == bf16(8015)

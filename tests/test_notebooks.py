@@ -84,6 +84,23 @@ def test_a_solution_is_folded_under_each_exercise(path: Path) -> None:
         assert feedback, feedback
 
 
+def raw_markdown(cell: str) -> list[str]:
+    """Return Markdown and TeX inside folded HTML, where a page shows the signs; after an empty line they work."""
+    folded = re.findall(r"<details>(.*?)(?:</details>|\n\n)", cell, re.DOTALL)
+    return [mark for text in folded for mark in re.findall(r"\$[^$\n]*\$|\*+\w[^*]*\*|`[^`\n]*`", text)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_answers_are_html(path: Path) -> None:
+    assert [mark for cell in prose_of(path) for mark in raw_markdown(cell)] == []
+
+
+def test_raw_markdown_is_seen() -> None:
+    answer = "<details><summary>Answer</summary>\nThe **ports** take $a^2$, not `b`.\n</details>"
+    assert raw_markdown(answer) == ["**ports*", "$a^2$", "`b`"]
+    assert raw_markdown("<details><summary>Solution</summary>\n\n`x`\n\n</details>") == []
+
+
 LAYERS = {name for module in (ops, layers, model) for name in vars(module) if not name.startswith("_")}
 
 
@@ -170,7 +187,8 @@ def used_too_early(word: str, explained: int, notebook: int, cells: list[str]) -
 @pytest.mark.parametrize("word", WORDS)
 def test_a_word_is_explained_where_the_index_says(word: str) -> None:
     prose = "\n".join(prose_of(BY_NUMBER[WORDS[word]]))
-    assert re.search(rf"\*{re.escape(word)}\*", " ".join(prose.split())), "a word is set off where it is explained"
+    set_off = rf"\*{re.escape(word)}\*|<b>{re.escape(word)}</b>"
+    assert re.search(set_off, " ".join(prose.split())), "a word is set off where it is explained"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

@@ -91,6 +91,11 @@ def test_rotary_phases_are_cosines_of_position_times_frequency() -> None:
 def test_residual_norms_have_a_line_a_token() -> None:
     axes = viz.residual_norms(RUN, TOKENS)
     assert len(axes.lines) == len(IDS)
+    *before, last = [line.get_color() for line in axes.lines]
+    assert {*before} == {"darkgrey"}
+    assert last != "darkgrey"
+    last_label = f"{len(IDS) - 1} {viz.show_blanks(TOKENS[-1])}, the last token"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["tokens before", last_label]
     sizes = axes.lines[4].get_ydata()
     assert sizes[0] == pytest.approx(np.sqrt(np.mean(RUN.embedded[0, 4].astype(float) ** 2)), rel=1e-6)
     assert sizes[-1] == pytest.approx(np.sqrt(np.mean(RUN.layers[-1].out[0, 4].astype(float) ** 2)), rel=1e-6)

@@ -227,6 +227,8 @@ def rotary_phases(
 def residual_norms(run: Forward, tokens: Sequence[str], axes: Axes | None = None) -> Axes:
     """Draw the size of the residual stream after each block, with one line for each token of the batch's first row.
 
+    The last token's line is highlighted; the lines of the tokens before it are grey.
+
     Examples
     --------
     >>> import refgemma
@@ -237,16 +239,12 @@ def residual_norms(run: Forward, tokens: Sequence[str], axes: Axes | None = None
     """
     sizes = root_mean_square(residual_streams(run))[:, 0]  # (depth, seq)
     axes = axes or new_axes()
-    colours = _color_places(len(tokens))
-    for place, token in enumerate(tokens):
-        colour = colours.to_rgba(place)
-        axes.plot(sizes[:, place], marker="o", markersize=3, color=colour, label=f"{place} {show_blanks(token)}")
+    before = axes.plot(sizes[:, :-1], marker="o", markersize=3, color="darkgrey")
+    last = axes.plot(sizes[:, -1], marker="o", color="tab:blue")
+    labels = ["tokens before", f"{len(tokens) - 1} {show_blanks(tokens[-1])}, the last token"]
     axes.set(xlabel="blocks done", ylabel="root mean square", title="size of the residual stream")
     axes.set_xticks(range(len(sizes)))
-    if len(tokens) <= 16:
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="token")
-    else:
-        axes.figure.colorbar(_color_places(len(tokens)), ax=axes, label="place of the token")
+    axes.legend([*before[:1], *last], labels[-1 - bool(before) :])
     return axes
 
 
@@ -469,11 +467,3 @@ def _show_with_sliders(first: Axes, draw: Callable[..., Axes], choices: Mapping[
     for slider in sliders.values():
         slider.observe(draw_again, "value")
     display(VBox(list(sliders.values())))
-
-
-def _color_places(count: int) -> Any:
-    """Return a colour for each of `count` places, from dark to light."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    return ScalarMappable(Normalize(0, count), "viridis")  # one more than needed: the lightest is hard to see

@@ -61,6 +61,7 @@ def live(opened: Page) -> Page:
     opened.fill("#window", "64")
     opened.select_option("#parity", "0")
     opened.fill("#text", SEA)
+    opened.wait_for_function("() => /^17 tokens in \\d+ ms$/.test(document.getElementById('status').textContent)")
     return opened
 
 
@@ -108,6 +109,71 @@ def test_each_switch_does_what_it_says(switch: str, bug: str, live: Page, tmp_pa
     code, out = check(live, tmp_path)
     assert code == 1
     assert bug in next(line for line in out.splitlines() if line.startswith("DIFFERS first at"))
+
+
+# The text is shorter than the window, and rotated scores depend on the distance of two tokens only.
+WITHOUT_EFFECT = ("swa-window-plus-one", "swa-layer-parity-swapped", "swa-all-global", "rope-position-from-1")
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_status_says_if_a_bug_has_no_effect(bug: str, live: Page) -> None:
+    live.select_option("#bug", bug)
+    name = live.text_content(f"#bug option[value='{bug}']")
+    live.wait_for_function("text => document.getElementById('status').textContent.includes(text)", arg=name)
+    assert ("no effect on this text" in live.inner_text("#status")) == (bug in WITHOUT_EFFECT)
+    assert live.is_visible("#next-key") == (bug not in WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize(
+    ("switch", "words"), [("attentionCap", "no soft cap of scores"), ("finalCap", "no soft cap of logits")]
+)
+def test_the_status_names_a_switch(switch: str, words: str, live: Page) -> None:
+    live.set_checked(f"#{switch}", False)
+    live.wait_for_function(
+        "text => document.getElementById('status').textContent.endsWith(text)", arg=f"changed: {words}"
+    )
+
+
+def in_percent(share: float) -> str:
+    return f"{100 * share:.{1 if share < 0.0995 else 0}f} %"
+
+
+def test_the_right_probability_is_beside_the_wrong_one(live: Page) -> None:
+    live.select_option("#bug", "norm-without-one")
+    live.wait_for_selector("#next-key", state="visible")
+    ids = TINY.tokenizer.encode(SEA)
+    shares = probabilities(refgemma.forward([ids], TINY.weights, TINY.config).logits[0, -1])
+    pieces = TINY.tokenizer.convert_ids_to_tokens(range(len(shares)))
+    visible = [piece.replace("▁", "·").replace("\n", "⏎") for piece in pieces]
+    right = dict(zip(visible, map(in_percent, shares), strict=True))
+    tokens = live.locator("#next code").all_text_contents()
+    numbers = live.locator("#next .number").all_text_contents()
+    assert [number.split(" (")[1] for number in numbers] == [f"{right[token]})" for token in tokens]
+    best = int(shares.argmax())
+    assert live.inner_text("#next-words").endswith(
+        f"The right model gives “{visible[best]}” {in_percent(shares[best])}."
+    )
+
+
+def test_a_head_without_a_habit(live: Page) -> None:
+    probs = [
+        block.attention.probs[0]
+        for block in refgemma.forward([TINY.tokenizer.encode(SEA)], TINY.weights, TINY.config).layers
+    ]
+    later = np.arange(1, probs[0].shape[-1])
+    shares = np.array(
+        [[[head[later, keys].mean() for keys in (later - 1, later, 0)] for head in block] for block in probs]
+    )
+    block, head = np.argwhere(shares.max(axis=-1) < 0.4)[0]
+    live.click(f"#heads button[aria-label='block {block}, head {head}']")
+    words = live.inner_text("#large-words")
+    live.click("#heads button[aria-label='block 2, head 0']")
+    assert words.startswith("On this text no single habit has 40 % of this head's attention.")
+    assert f"The largest share, {in_percent(shares[block, head].max())}, is" in words
+
+
+def test_every_control_is_explained(live: Page) -> None:
+    assert live.locator("fieldset label").count() == live.locator("fieldset label small").count() == 6
 
 
 def test_all_bugs_are_offered(live: Page) -> None:
