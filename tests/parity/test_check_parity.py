@@ -1,6 +1,9 @@
 """Test refgemma check on a live transformers model: unchanged, and with a bug in transformers' code."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,32 @@ def test_norms_in_the_precision_of_their_input_are_a_way_of_rounding(
     report = diagnose(candidate, ours.weights, ours.config)
     assert report.verdict == NOISY_ONLY
     assert {v.name for finding in report.findings for v in finding.explanations} == {"norm-in-half"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept", "named"),
+    [
+        (range(4), None, "norm-without-one only in post_attention_layernorm"),
+        ([2], None, "norm-without-one only in post_attention_layernorm of layer 2"),
+        (range(4), ("logits",), "norm-without-one only in post_attention_layernorm"),
+    ],
+)
+def test_a_mistake_in_one_of_several_places_is_named(
+    layers: Sequence[int], kept: tuple[str, ...] | None, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = load("conformance")
+
+    def change(model, prompt, put):  # type: ignore[no-untyped-def]
+        for layer in layers:
+            norm = model.model.layers[layer].post_attention_layernorm
+            put(norm, "forward", partial(lambda norm, x: mistakes.normed(norm, x.float()) * norm.weight.float(), norm))
+
+    monkeypatch.setitem(mistakes.MAKE, "norm-without-one", change)
+    candidate = mistakes.port("norm-without-one", "float32", prompts(ours.config)["plain"], tmp_path, ours.config)
+    if kept:
+        candidate = replace(candidate, tensors={name: candidate.tensors[name] for name in kept})
+    report = diagnose(candidate, ours.weights, ours.config)
+    assert [finding.named for finding in report.findings] == [named]
 
 
 def test_a_static_cache_has_room_that_is_not_judged(tmp_path: Path) -> None:
