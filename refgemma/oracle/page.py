@@ -32,6 +32,7 @@ from refgemma.oracle.report import (
     finding_lines,
     label,
     largest_error,
+    other_precisions,
     percent,
     preflight_lines,
     recorded_lines,
@@ -398,12 +399,8 @@ def _advice(report: Report, finding: Finding) -> str:
         for v in finding.explanations
     ]
     lines += [f"<li>{_to_html(_sentence(line))}.</li>" for line in unexplained_lines(finding, report.config)]
-    rest = [
-        line.strip()
-        for line in finding_lines(report)
-        if line.strip().startswith(("as if computed", "give the", "to find"))
-    ]
-    lines += [f"<li>{_to_html(_sentence(line))}.</li>" for line in rest]
+    rest = [*other_precisions(report), *(line for line in finding_lines(report) if line.startswith("  to find"))]
+    lines += [f"<li>{_to_html(_sentence(line.strip()))}.</li>" for line in rest]
     return f"<h3>What to do</h3><ul>{''.join(lines)}</ul>" if lines else ""
 
 

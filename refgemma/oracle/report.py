@@ -24,7 +24,18 @@ from refgemma.oracle.estimate import Estimate
 from refgemma.oracle.judge import Statistics
 from refgemma.oracle.known_bugs import KnownBug, edit_config
 from refgemma.oracle.preflight import Preflight
-from refgemma.oracle.verdicts import BAD, BLIND, CONFORMS, EXACT, EXIT, INCONCLUSIVE, MISSING, NOISY, NOISY_ONLY
+from refgemma.oracle.verdicts import (
+    BAD,
+    BLIND,
+    CONFORMS,
+    EXACT,
+    EXIT,
+    INCONCLUSIVE,
+    MISSING,
+    NOISY,
+    NOISY_ONLY,
+    UNKNOWN,
+)
 from refgemma.trace.names import field_of, layer_of, list_names, list_ranges
 
 WIDTH = 118
@@ -220,11 +231,8 @@ def finding_lines(report: Report) -> list[str]:
     if not report.findings:
         return [f"{report.verdict.upper() if report.verdict != NOISY_ONLY else 'NOISY'}: {why(report)}"]
     finding = report.findings[0]
-    more = [f"  as if computed in {other.candidate.dtype}: {_headline(other)}" for other in report.again]
     first, word = finding.instances[0], "NOISY" if report.verdict == NOISY_ONLY else "DIFFERS"
-    lines = [f"{word} first at {first.tensor}: {cause(report, finding)}", *more]
-    if more:
-        lines.append("    give the candidate's arithmetic with --dtype")
+    lines = [f"{word} first at {first.tensor}: {cause(report, finding)}", *other_precisions(report)]
     if first.judged.note:
         lines.append(f"  {first.judged.note}")
     for v in finding.explanations:
@@ -237,6 +245,15 @@ def finding_lines(report: Report) -> list[str]:
         lines.append(f"  this tensor was computed from {list_names(first.sources) or 'the tokens'}")
         lines.append(f"  to find the operation, record also {', '.join(_to_record(first))}")
     return lines
+
+
+def other_precisions(report: Report) -> list[str]:
+    """Return the verdicts for the other precisions; in one line if none of them explains the trace."""
+    if any(not other.findings or other.findings[0].named != UNKNOWN for other in report.again):
+        said = [f"  as if computed in {other.candidate.dtype}: {_headline(other)}" for other in report.again]
+        return [*said, "    if this is the candidate's arithmetic, give it with --dtype"]
+    names = " and ".join(other.candidate.dtype for other in report.again)
+    return [f"  also {UNKNOWN} as if computed in {names}"] if names else []
 
 
 def unexplained_lines(finding: Finding, config: Gemma2Config) -> list[str]:
