@@ -373,7 +373,8 @@ def text(report: Report, model: str) -> str:
     call, candidate = report.candidate.call, report.candidate
     asked = "x".join(str(n) for n in call.input_ids.shape)
     count = pluralise(len(report.instances), f"tensor of {asked} tokens")
-    lines = [f"{candidate.source} against {label(report, model)}: {count} in {candidate.dtype}", ""]
+    unused = f"; {pluralise(len(candidate.unknown), 'other name')} not used" if candidate.unknown else ""
+    lines = [f"{candidate.source} against {label(report, model)}: {count} in {candidate.dtype}{unused}", ""]
     lines += [*first_lines(report), ""]
     if report.findings:
         width = max(28, *(len(finding.field) for finding in report.findings))
