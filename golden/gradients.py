@@ -255,7 +255,7 @@ def record_all(wanted: Sequence[str], folder: Path = FOLDER) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "manifest.json"
     old = json.loads(manifest.read_text()) if wanted and manifest.exists() else {"cases": {}}
-    entries = {}
+    entries: dict[str, Any] = {}
     for name, case in CASES.items():
         if wanted and name not in wanted:
             entries |= {name: old["cases"][name]} if name in old["cases"] else {}
