@@ -144,13 +144,30 @@ def on_disk(folder: Path) -> Subject:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def streamed_model(subject: Subject, dtype: str) -> Gemma2ForCausalLM:
-    """transformers' model whose layers have weights only while they compute."""
-    config = subject.config
+def empty_model(config: Gemma2Config, dtype: str) -> Gemma2ForCausalLM:
+    """transformers' model without weights."""
     with torch.device("meta"):
         model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager", dtype=DTYPES[dtype]).eval()
     model.model.rotary_emb = Gemma2RotaryEmbedding(config)
     model.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
+    return model
+
+
+def trained_model(subject: Subject, dtype: str) -> Gemma2ForCausalLM:
+    """transformers' model with all weights in memory, for autograd."""
+    model = empty_model(subject.config, dtype)
+    model.model.embed_tokens.embed_scale = torch.tensor(subject.config.hidden_size**0.5, dtype=DTYPES[dtype])
+    names = [name for name in model.state_dict() if name != "lm_head.weight"]  # tied
+    weights = {name: subject.rows(name, slice(None)).to(DTYPES[dtype]) for name in names}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def streamed_model(subject: Subject, dtype: str) -> Gemma2ForCausalLM:
+    """transformers' model whose layers have weights only while they compute."""
+    config = subject.config
+    model = empty_model(config, dtype)
 
     def tensor(name: str, rows: slice = slice(None)) -> torch.Tensor:
         return subject.rows(name, rows).to(DTYPES[dtype])

@@ -1,7 +1,7 @@
 """Record gradients: PyTorch autograd through transformers' own Gemma 2 (eager), back to every tensor and every weight.
 
-    python golden/record.py --gradients           record all cases of this file
-    python golden/record.py --gradients --check   record again elsewhere and compare with what is in golden/gradients
+    python golden/record.py --gradients [CASE ...]           record all cases of this file, or those named
+    python golden/record.py --gradients --check [CASE ...]   record again elsewhere, compare with golden/gradients
 
 Nothing that refgemma computes is ever written here, except the form: a sketch of each gradient is kept, see
 `refgemma/goldens/sketch.py`. Every case is recorded in float64, float32 and bfloat16. transformers computes norms,
@@ -12,7 +12,9 @@ the rounding errors of the other two.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from full_size import Subject, synthetic, trained_model
 from record import (
     DTYPES,
     SEED,
@@ -55,7 +58,7 @@ NAMES = ("gelu_pytorch_tanh", "gelu", "gelu_new", "quick_gelu", "silu", "sigmoid
 
 @dataclass(frozen=True)
 class Case:
-    """One loss and its gradients; a model is one of `cases.MODELS` or tiny."""
+    """One loss and its gradients; a model is one of `cases.MODELS`, tiny, or synthetic."""
 
     model: str
     batch: int
@@ -85,6 +88,7 @@ CASES = {
     "global-first": Case("global-first", 1, 12),
     "untied-with-biases": Case("untied-with-biases", 2, 7),
     "tiny": Case("tiny", 2, 70, padding="right"),  # 70 tokens are more than its window of 64
+    "9b-synthetic-two-layers": Case("9b-synthetic", 1, 64),  # of full width; nobody trained the weights
 }
 
 
@@ -102,8 +106,16 @@ class Float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def subject_of(case: Case) -> Subject | None:
+    """The synthetic model of a case: two layers of a released size and a short vocabulary, to save memory."""
+    preset, synthetic_weights, _ = case.model.partition("-synthetic")
+    return synthetic(preset, "long") if synthetic_weights else None
+
+
 def model_of(case: Case, dtype: str) -> Any:
     """The stored model with the head of the case; a classifier's head has seeded weights that are bf16 numbers."""
+    if subject := subject_of(case):
+        return trained_model(subject, dtype)
     folder = TINY if case.model == "tiny" else Path(__file__).parent / "models" / case.model
     labels = 1 if case.problem_type == "regression" else LABELS
     kwargs = {} if case.head == "language model" else {"num_labels": labels, "problem_type": case.problem_type}
@@ -212,6 +224,9 @@ def operations() -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
+ALONE = {"activations": activations, "operations": operations}  # recordings without a model
+
+
 def kept(name: str, case: Case) -> bool:
     """Whether the gradient of a tensor is recorded."""
     return case.activations or name.count(".") in (0, 2)  # embedded, logits; layers.3.out
@@ -233,11 +248,18 @@ def record(case: Case) -> tuple[list[str], dict[str, torch.Tensor]]:
     return names, stored
 
 
-def record_all(folder: Path = FOLDER) -> None:
-    """Record all cases and write their manifest."""
+def record_all(wanted: Sequence[str], folder: Path = FOLDER) -> None:
+    """Record all cases and write their manifest; with cases `wanted`, everything else stays as it is."""
+    if unknown := set(wanted) - set(CASES):
+        sys.exit(f"record.py: unknown case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     folder.mkdir(parents=True, exist_ok=True)
-    entries = {}
+    manifest = folder / "manifest.json"
+    old = json.loads(manifest.read_text()) if wanted and manifest.exists() else {"cases": {}}
+    entries: dict[str, Any] = {}
     for name, case in CASES.items():
+        if wanted and name not in wanted:
+            entries |= {name: old["cases"][name]} if name in old["cases"] else {}
+            continue
         path = folder / f"{name}.safetensors"
         names, tensors = record(case)
         write_tensors(tensors, path)
@@ -246,25 +268,28 @@ def record_all(folder: Path = FOLDER) -> None:
             "torch": torch.__version__, "transformers": transformers.__version__, "attn_implementation": "eager",
             "date": date.today().isoformat(),
         }  # fmt: skip
-    alone: dict[str, dict[str, Any]] = {}
-    for name, made in (("activations", activations()), ("operations", operations())):
+        if subject := subject_of(case):
+            entries[name] |= subject.about
+    alone: dict[str, Any] = {name: about for name, about in old.items() if name in ALONE}
+    for name, make in {} if wanted else ALONE.items():
         path = folder / f"{name}.safetensors"
-        write_tensors(made, path)
+        write_tensors(make(), path)
         alone[name] = {"file": path.name, "sha256": sha256(path)}
-    alone["activations"]["names"] = NAMES
-    write_json({"format": "refgemma-golden-gradients/1", "cases": entries, **alone}, folder / "manifest.json")
+        alone[name] |= {"names": NAMES} if name == "activations" else {}
+    write_json({"format": "refgemma-golden-gradients/1", "cases": entries, **alone}, manifest)
     for path in set(folder.glob("*.safetensors")) - {folder / f"{name}.safetensors" for name in (*alone, *CASES)}:
         path.unlink()
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"recorded the gradients of {len(CASES)} cases, {size / 1e6:.1f} MB in {folder.name}/")
+    print(f"recorded the gradients of {len(wanted or CASES)} cases, {size / 1e6:.1f} MB in {folder.name}/")
 
 
-def check() -> int:
-    """Record everything again; in float64 another processor may move a gradient by 1e-9 of its root mean square."""
+def check(wanted: Sequence[str]) -> int:
+    """Record again; in float64 another processor may move a gradient by 1e-9 of its root mean square."""
     manifest, failures = json.loads((FOLDER / "manifest.json").read_text())["cases"], 0
     with tempfile.TemporaryDirectory() as folder:
-        record_all(Path(folder))
+        record_all(wanted, Path(folder))
         again = json.loads((Path(folder) / "manifest.json").read_text())["cases"]
+        manifest = {name: about for name, about in manifest.items() if not wanted or name in wanted}
         for name in sorted(manifest.keys() | again.keys()):
             if name not in manifest or name not in again or manifest[name]["names"] != again[name]["names"]:
                 print(f"{name}: DIFFERS: other cases or tensors")
@@ -275,7 +300,8 @@ def check() -> int:
             worst = float((np.abs(new - old).max(axis=1) / (old[:, 0] + 1e-300)).max())
             print(f"{name:32s} {len(old):4d} gradients, worst {worst:.1e}: {'agrees' if worst <= 1e-9 else 'DIFFERS'}")
             failures += worst > 1e-9
-        for file, suffix, limit in (("activations", "float64", 1e-9), ("operations", "", 1e-5)):  # the last in float32
+        others = () if wanted else (("activations", "float64", 1e-9), ("operations", "", 1e-5))  # the last in float32
+        for file, suffix, limit in others:
             alone, renewed = (read(at / f"{file}.safetensors") for at in (FOLDER, Path(folder)))
             names = [name for name in alone if name.endswith(suffix)]
             apart = max(float(np.abs(renewed[n] - alone[n]).max() / np.abs(alone[n]).max()) for n in names)

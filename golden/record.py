@@ -4,7 +4,7 @@
     python golden/record.py --check        record again elsewhere and compare with what is in golden/
     python golden/record.py --full 9b      record a model of that size with synthetic weights, see full_size.py
     python golden/record.py --checkpoint DIR   record a checkpoint on disk, for instance a released one
-    python golden/record.py --gradients    record the gradients by autograd, see gradients.py; --check compares them
+    python golden/record.py --gradients [CASE ...]   record gradients by autograd, see gradients.py; --check compares
 
 Nothing that refgemma computes is ever written here. Tensors inside transformers' functions are caught where they are
 made: module outputs by hooks, the rotated queries and keys by wrapping `apply_rotary_pos_emb`, scores and capped scores
@@ -446,8 +446,8 @@ def main() -> None:
         import gradients
 
         if args.check:
-            sys.exit(gradients.check())
-        gradients.record_all()
+            sys.exit(gradients.check(args.cases))
+        gradients.record_all(args.cases)
         return
     if args.check:
         sys.exit(check())

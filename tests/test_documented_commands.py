@@ -95,9 +95,13 @@ ELSEWHERE = {
     "refgemma train book.txt -o trained": ("tests/test_training_command.py", "train"),
     'refgemma generate "Once upon a time" --model trained': ("tests/test_training_command.py", "train"),
     "refgemma train book.txt -o adapter --lora-r 8 --learning-rate 0.005": ("tests/test_training_command.py", "lora"),
-    # Five minutes; the tests train with the same options and fewer steps.
+    # Five to seven minutes; the tests train with the same options and fewer steps.
     "refgemma train tinyshakespeare.txt -o book --max-steps 600 --learning-rate 0.001 --lr-scheduler-type cosine "
     "--warmup-steps 50 --weight-decay 0.1": ("tests/test_training_command.py", "--max-steps"),
+    "refgemma train tinyshakespeare.txt -o adapter --max-steps 600 --learning-rate 0.005 --lr-scheduler-type cosine "
+    "--warmup-steps 50 --lora-r 8 --lora-target-modules all-linear": (
+        "tests/test_training_command.py", "--lora-target-modules",
+    ),
     "refgemma verify": (".ci/run", "pip install . && refgemma verify"),  # all 71 cases
     "refgemma known-bugs gelu-without-cube": ("tests/test_documented_commands.py", "test_the_samples_of_a_known_bug"),
     "refgemma chat --temperature 0.7": ("tests/test_cli.py", '"chat"'),

@@ -9,6 +9,7 @@ largest error of the same gradient in all layers is used. A mistake of ours cann
 * In float32, the tolerance is `NOISE_FACTOR` times the largest error in the sketches, as for activations
   (`refgemma.goldens.distance`).
 * In float64, it is the float32 tolerance times ``2**-29``, the ratio of the two unit roundoffs.
+  At full width, this is less than the effect of one rotary frequency, whose last bit differs from torch's.
 * In bfloat16, two correct runs have independent errors; it is `half_tolerance` of the projections' root mean square.
 """
 
@@ -22,8 +23,9 @@ import numpy as np
 
 from refgemma.activations import ACTIVATIONS
 from refgemma.backward import Gradients, activation_backward, compute_all_gradients, compute_classifier_gradients
+from refgemma.config import Gemma2Config
 from refgemma.goldens.distance import FLOOR, NOISE_FACTOR
-from refgemma.goldens.full_size import half_tolerance
+from refgemma.goldens.full_size import half_tolerance, model_of_recording
 from refgemma.goldens.load import model_of, read_manifest, read_recording, restore_precision
 from refgemma.goldens.sketch import PROJECTIONS_AT, sketch
 from refgemma.goldens.verify import Comparison
@@ -32,7 +34,7 @@ from refgemma.oracle.judge import distance_from, ratio
 from refgemma.oracle.tolerance import UNDERFLOW, U, ulp
 from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.trace.gradients import named_gradients
-from refgemma.weights.parameters import SCORE_BIAS, SCORE_WEIGHT, Score
+from refgemma.weights.parameters import SCORE_BIAS, SCORE_WEIGHT, Score, Weights
 
 RECORD_AGAIN = "record it again with: python golden/record.py --gradients"
 FORMAT = "refgemma-golden-gradients/1"
@@ -70,9 +72,14 @@ def recorded_operations() -> dict[str, Array]:
     return read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], RECORD_AGAIN)
 
 
+def model_with_gradients(about: Mapping[str, Any], dtype: str) -> tuple[Gemma2Config, Weights]:
+    """Return the model of a recorded case: one of the stored models, or two synthetic layers at full width."""
+    return model_of_recording(about, dtype, None) if "preset" in about else model_of({**about, "dtype": dtype})
+
+
 def run_gradients(about: Mapping[str, Any], golden: Mapping[str, Array], dtype: str) -> tuple[float, Gradients]:
     """Return our loss and gradients of a recorded case."""
-    config, weights = model_of({**about, "dtype": dtype})
+    config, weights = model_with_gradients(about, dtype)
     config = config.changed(problem_type=about["problem_type"])
     given: dict[str, Any] = {name: golden[name] for name in ("attention_mask", "position_ids") if name in golden}
     ids, labels = golden["input_ids"], golden["labels"]

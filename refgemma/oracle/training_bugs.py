@@ -21,6 +21,7 @@ from refgemma.heads import IGNORED
 from refgemma.oracle.backward_operations import divide_by, loss_backward, rows, shift, sum_tokens
 from refgemma.oracle.known_bugs import KnownBug, function, rewire
 from refgemma.oracle.operations import Context, Operation
+from refgemma.oracle.tolerance import ulp
 from refgemma.precision import Array
 from refgemma.trace.names import GRADS, LAYER_NORMS, field_of
 from refgemma.weights.parameters import EMBED_TOKENS, NORM
@@ -140,15 +141,20 @@ def without_window(table: Mapping[str, Operation], context: Context) -> Iterator
     """Compute the attention weights again in the backward pass, with a causal mask but no window."""
     places = np.arange(context.call.input_ids.shape[1])
     seen = ops.causal_mask(places, places) & context.call.visible[:, None, None, :]
+
+    def round_weights(grad: Array, probs: Array, value: Operation, storage: str) -> list[Array]:
+        """Return the errors of a value's gradient; the weights are rounded again, before their product."""
+        return [*value.stores(grad, probs, storage=storage), value.compute(np.abs(grad), ulp(probs, storage) / 2)]
+
     for layer in range(context.config.num_hidden_layers):
         a = f"layers.{layer}.attention."
         scores, value = table[f"grads.{a}capped"], table[f"grads.{a}v"]
-        for op in (scores, value):
+        for op, stores in ((scores, scores.stores), (value, partial(round_weights, value=value))):
             yield replace(
                 op, inputs=(op.inputs[0], a + "capped"),
                 compute=lambda grad, x, op=op: op.compute(grad, ops.softmax(x, seen)),
                 allowed=lambda grad, x, op=op: op.allowed(grad, ops.softmax(x, seen)),
-                stores=lambda grad, x, storage, op=op: op.stores(grad, ops.softmax(x, seen), storage=storage),
+                stores=lambda grad, x, storage, stores=stores: stores(grad, ops.softmax(x, seen), storage=storage),
             )  # fmt: skip
 
 

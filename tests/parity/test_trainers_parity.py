@@ -305,6 +305,11 @@ def root(self: Any, x: Any) -> Any:
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
+def one_plus(self: Any) -> Any:
+    """Return ``1 + weight`` in float32, as in transformers; in bfloat16, the sum would lose digits."""
+    return 1 + self.weight.float()
+
+
 def weight_alone(self: Any, x: Any) -> Any:
     """Return the norm's result with a gradient only for its weight, not for its input."""
     return (x * root(self, x)).detach() * self.weight
@@ -400,12 +405,12 @@ MAKE: dict[str, Make] = {
         lambda m, x, y: learn_as(y, x * root(m, x) * m.weight.detach() + weight_alone(m, x))
     ),
     "norm-weight-missing-in-backward": norm(lambda m, x, y: learn_as(y, x * root(m, x) + weight_alone(m, x))),
-    "norm-projection-missing": norm(lambda m, x, y: learn_as(y, x * root(m, x).detach() * (1 + m.weight))),
+    "norm-projection-missing": norm(lambda m, x, y: learn_as(y, x * root(m, x).detach() * one_plus(m))),
     "norm-weight-gradient-of-input": norm(
-        lambda m, x, y: learn_as(y, x * root(m, x) * (1 + m.weight.detach()) + x.detach() * m.weight)
+        lambda m, x, y: learn_as(y, x * root(m, x) * one_plus(m).detach() + x.detach() * m.weight)
     ),
     "norm-weight-gradient-missing": norm(
-        lambda m, x, y: learn_as(y, x * root(m, x) * (1 + m.weight.detach()) + 0 * m.weight)
+        lambda m, x, y: learn_as(y, x * root(m, x) * one_plus(m).detach() + 0 * m.weight)
     ),
     "residual-gradient-missing": no_residual,
     "tied-embedding-head-only": embedding(lambda m, ids: F.embedding(ids, m.weight) * 0),
@@ -454,7 +459,16 @@ def name_in(dtype: str, name: str, patch: Patch) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["loss-summed", "norm-weight-missing-in-backward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loss-summed",
+        "norm-weight-missing-in-backward",
+        "norm-projection-missing",
+        "norm-weight-gradient-missing",
+        "attn-backward-without-window",
+    ],
+)
 def test_a_mistake_in_bfloat16_is_named(name: str, monkeypatch: Patch) -> None:
     assert name_in("bfloat16", name, monkeypatch) == ["named", "named"]
 
