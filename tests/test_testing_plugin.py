@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -90,9 +89,6 @@ class Slow(Small):
         time.sleep(0.1)
         return super().forward(*arguments, **named)
 
-class SlowUncapped(Slow, Uncapped):
-    pass
-
 class Crashing(Small):
     def forward(self, *arguments, **named):
         raise RuntimeError("out of cheese")
@@ -137,7 +133,7 @@ def test_a_model_that_a_backend_refuses_is_refused(run) -> None:
             "conforms: 1, differs: 0, not applicable: 0, refused: 2",
             "*refused by this backend*",
             "only what Gemma 2 has: everything in an_untied_head_is_used, untied-with-biases-forward-f32",
-            "*1 passed, 2 refused*",
+            "*1 passed*2 refused*",
         ]
     )
 
@@ -164,22 +160,27 @@ def test_a_backend_that_refuses_models_without_caps_is_judged_on_the_others(run)
             "examples: 8 checked, * refused",
             "no-attention-cap: everything in distant_caps_do_nothing, no-caps-forward-f32; * examples in causality (*)",
             "no-final-cap: * in causality (*)",
-            "*2 passed, 2 refused*",
+            "*2 passed*2 refused*",
         ]
     )
 
 
-@pytest.mark.parametrize(("backend", "conforms"), [("Pairs", 3), ("Old", 4), ("New", 4)])
-def test_a_backend_is_not_asked_for_what_it_refuses(run, backend: str, conforms: int) -> None:
-    """Key heads written out are groups of one head; one model has full attention in layers 0 and 2."""
-    names = "causality or shared_key_heads or bends-forward-f32 or window_locality or global-first-forward-f32"
-    result = run(backend, "-k", names)
-    refused = {"Pairs": 1, "Old": 1, "New": 0}[backend]
-    result.assert_outcomes(passed=5 - refused)
-    text = result.stdout.str()
-    assert ("refused by this backend" in text) == bool(refused)
-    assert ("odd-groups: everything in shared_key_heads_can_be_written_out; " in text) == (backend == "Pairs")
-    assert ("layer_types: everything in global-first-forward-f32" in text) == (backend == "Old")
+@pytest.mark.parametrize(
+    ("backend", "refused"),
+    [
+        ("Pairs", "odd-groups: everything in shared_key_heads_can_be_written_out, global-first-forward-f32; *"),
+        ("Old", "layer_types: everything in global-first-forward-f32"),
+        ("New", ""),
+    ],
+)
+def test_a_backend_is_not_asked_for_what_it_refuses(run, backend: str, refused: str) -> None:
+    """Key heads written out are groups of one head; a recorded model has full attention in layers 0 and 2."""
+    result = run(backend, "-k", "causality or shared_key_heads or bends-forward-f32 or global-first-forward-f32")
+    result.assert_outcomes(passed={"Pairs": 2, "Old": 3, "New": 4}[backend])
+    if refused:
+        result.stdout.fnmatch_lines([refused])
+    else:
+        assert "refused" not in result.stdout.str().partition("collected")[2]
 
 
 def test_what_is_not_implemented_is_refused(run) -> None:
@@ -189,15 +190,13 @@ def test_what_is_not_implemented_is_refused(run) -> None:
 
 def test_a_budget_stops_drawing_and_says_how_many_examples_ran(run) -> None:
     names = "causality or window_locality or batch_rows or up_is_linear or the_same_twice"
-    began = time.monotonic()
     result = run("Slow", "-k", names, "--profile", "deep", "--budget", "4")
-    assert time.monotonic() - began < 30  # 5000 examples of at least two calls would take 1000 s
-    result.assert_outcomes(passed=5)
-    result.stdout.fnmatch_lines(["examples: * checked, * left out, because the budget was used",
-                                 "stopped by the budget: causality (* checked), window_locality (* checked), *"])  # fmt: skip
-    checked, left_out = re.search(r"examples: (\d+) checked, (\d+) left out", result.stdout.str()).groups()
-    assert 5 <= int(checked) <= 4 / 0.2 + 5
-    assert int(checked) + int(left_out) == 5000
+    # The 5000 examples of at least two calls would take 1000 s. Each law may check one example more than the budget.
+    assert float(re.search(r"in (\d+\.\d+)s", result.stdout.str())[1]) < 60
+    result.stdout.fnmatch_lines(["examples: * checked", "stopped by the budget: causality (* checked)*"])
+    checked = int(re.search(r"examples: (\d+) checked", result.stdout.str())[1])
+    assert 1 <= checked <= 4 / 0.2 + 5
+    assert result.ret == 0
 
 
 def test_a_budget_that_is_used_leaves_laws_that_are_not_run(run, pytester: pytest.Pytester) -> None:
@@ -205,16 +204,15 @@ def test_a_budget_that_is_used_leaves_laws_that_are_not_run(run, pytester: pytes
     names = "causality or the_same_twice or tiny-forward-f32"
     result = run("Slow", "-k", names, "--budget", "0.01", "--skips", str(skips))
     result.stdout.fnmatch_lines(
-        ["conforms: 1, differs: 0, not applicable: 0, not run: 2", "examples: 1 checked, 7 left out*",
-         "the budget of 0.01 s is used: the_same_twice, tiny-forward-f32", "*1 passed, 2 not run*"]
-    )  # fmt: skip
+        [
+            "conforms: 1, differs: 0, not applicable: 0, not run: 2",
+            "examples: 1 checked",
+            "stopped by the budget: causality (1 checked)",
+            "the budget of 0.01 s is used: the_same_twice, tiny-forward-f32",
+            "*1 passed*2 not run*",
+        ]
+    )
     assert "remove this line" not in result.stdout.str()
-
-
-def test_a_law_that_is_broken_when_the_budget_ends_is_reported(run) -> None:
-    result = run("SlowUncapped", "-k", "vanishing_attention_cap", "--profile", "deep", "--budget", "2")
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*logits, and with other query projections under an attention cap of 1e-20: at *"])
 
 
 def test_a_failure_prints_a_program_that_shows_it(run, pytester: pytest.Pytester) -> None:

@@ -114,7 +114,7 @@ class Capabilities:
             if word in REFUSALS:
                 refused = REFUSALS[word](config)
             else:
-                values = config.to_diff_dict()
+                values = json.loads(config.to_json_string())
                 refused = Gemma2Config.from_dict({k: v for k, v in values.items() if k != word}) != config
             if refused:
                 raise Unsupported(word)

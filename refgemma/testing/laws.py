@@ -15,6 +15,7 @@ writes to a file. These are added to the tolerance where they occur, once per nu
 import math
 import tempfile
 import time
+import unittest
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -65,6 +66,10 @@ class NotApplicable(Exception):
 
 class Refused(NotApplicable):
     """Raised if the backend refused every model that a law or a recording asked it to load."""
+
+
+class OutOfTime(unittest.SkipTest):
+    """Raised to end a search; Hypothesis draws no further example, and no simpler one, after a skipped one."""
 
 
 class LawBroken(AssertionError):
@@ -337,8 +342,8 @@ class Search:
         The number of examples that were checked.
     refused : Counter
         The number of examples that the backend refused, by the reason.
-    left_out : int
-        The number of examples that were drawn after the time was used, and not checked.
+    stopped : bool
+        True if the time was used before the last example.
     """
 
     law: Law
@@ -346,7 +351,7 @@ class Search:
     seconds: float = math.inf
     checked: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    left_out: int = 0
+    stopped: bool = False
     end: float = field(default=math.inf, init=False)
     begun: int = field(default=0, init=False)
     broken: list[tuple[Mapping[str, Any], Exception]] = field(default_factory=list, init=False)
@@ -358,17 +363,14 @@ class Search:
         return self.law.examples
 
     def check(self, bench: Bench, **example: Any) -> None:
-        """Check one example, if there is time; after the time, end the search for a simpler failure."""
-        late = time.monotonic() > self.end
-        if late and self.begun and not self.broken:
+        """Check one example, if there is time; otherwise end the search at the next example."""
+        if self.begun and time.monotonic() > self.end:
+            self.stopped = True
+            self.given_up.append(OutOfTime())
             return
         self.begun += 1
-        try:
-            self.law.check(bench, **example)
-            self.checked += 1
-        finally:
-            if late and self.broken:
-                self.given_up.append(self.broken[-1][1])
+        self.law.check(bench, **example)
+        self.checked += 1
 
     def run(self, profile: settings) -> None:
         """Search; raises as `Law`."""
@@ -402,16 +404,17 @@ class Search:
 
         try:
             holds()
-        except Unsatisfiable:
-            pass  # every example was refused
-        except Exception as error:
+        except (OutOfTime, Unsatisfiable):
+            pass  # the time is used, or every example was refused
+        except Exception:
             if not broken:
                 raise
+        finally:
+            self.refused = Counter(refusals)
+        if broken:
             example, cause = broken[-1]
             text = script(self.law.name, backend, example)
-            raise LawBroken(f"{self.law.name}: {message(cause)}", text) from error
-        finally:
-            self.refused, self.left_out = Counter(refusals), len(checked) - self.checked
+            raise LawBroken(f"{self.law.name}: {message(cause)}", text) from cause
         if refusals and not self.checked:
             raise Refused(refusals[0])
         if not self.checked:

@@ -211,18 +211,13 @@ def _list_refused(whole: Mapping[str, list[str]], refused: Mapping[str, Counter[
         yield f"{reason}: {'; '.join(parts)}"
 
 
-def _count_examples(terminalreporter: Any, examples: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write how many examples were checked, refused and left out."""
-    checked, left_out = (sum(counts[key] for counts in examples.values()) for key in ("checked", "left_out"))
+def _count_examples(examples: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield lines on the number of examples that were checked and refused, and on the laws that the budget stopped."""
     refused = sum(sum(counts["refused"].values()) for counts in examples.values())
-    text = f"examples: {checked} checked"
-    if refused:
-        text += f", {refused} refused"
-    if left_out:
-        text += f", {left_out} left out, because the budget was used"
-    terminalreporter.line(text)
-    if stopped := [f"{law} ({counts['checked']} checked)" for law, counts in examples.items() if counts["left_out"]]:
-        terminalreporter.line(f"stopped by the budget: {', '.join(stopped)}")
+    checked = sum(counts["checked"] for counts in examples.values())
+    yield f"examples: {checked} checked" + (f", {refused} refused" if refused else "")
+    if stopped := [f"{law} ({counts['checked']} checked)" for law, counts in examples.items() if counts["stopped"]]:
+        yield f"stopped by the budget: {', '.join(stopped)}"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -240,7 +235,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if any(counts.values()):
         terminalreporter.section("laws and recordings")
         terminalreporter.line(", ".join(f"{verdict}: {count}" for verdict, count in counts.items()))
-        _count_examples(terminalreporter, examples)
+        for line in _count_examples(examples):
+            terminalreporter.line(line)
     refused = {law: Counter(counts["refused"]) for law, counts in examples.items()}
     unfit, refused_whole, not_run = (_group_skipped(stats.get(kind.removesuffix(": "), []), kind) for kind in SKIPPED)
     sections = {

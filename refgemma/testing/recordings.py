@@ -95,9 +95,8 @@ def _check_forward(backend: Any, name: str) -> None:
         for call, length in enumerate(about["calls"]):
             end = done + length
             mask = None if padding.all() else padding[:, :end].astype(np.int64)
-            output = backend.forward(
-                model, ids[:, done:end], mask, None, cache, tuple(n for n in wanted if can.shows(n))
-            )
+            shown = tuple(name for name in wanted if can.shows(name))
+            output = backend.forward(model, ids[:, done:end], mask, None, cache, shown)
             computed |= {f"calls.{call}.{tensor}": x for tensor, x in output.tensors.items()}
             cache, done = output.cache, end
     distances = _measure_distances(name, about, golden, computed)

@@ -67,7 +67,7 @@ def test_law(
     finally:
         record_property("checked", search.checked)
         record_property("refused", dict(search.refused))
-        record_property("left_out", search.left_out)
+        record_property("stopped", search.stopped)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law(name)) for name in golden_names()])
