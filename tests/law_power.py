@@ -93,9 +93,9 @@ class Catalogued:
         values: dict[str, Any] = {}
         for name, operation in operations(self.change(context)).items():
             values[name] = operation.compute(*(values[source] for source in operation.inputs))
-        shown = {
-            name: x[..., -seq:, :] for name, x in values.items() if any(fnmatchcase(name, wanted) for wanted in tensors)
-        }
+        can = self.capabilities()  # log probabilities of a server are no part of a run
+        wanted = [name for name in values if can.shows(name) and any(fnmatchcase(name, other) for other in tensors)]
+        shown = {name: values[name][..., -seq:, :] for name in wanted}
         return Output(shown, Read(ids, positions, call.calls))
 
     def operations(self) -> Mapping[str, Callable[..., Any]]:
