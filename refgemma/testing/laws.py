@@ -366,7 +366,7 @@ class Search:
         """Check one example, if there is time; otherwise end the search at the next example."""
         if self.begun and time.monotonic() > self.end:
             self.stopped = True
-            self.given_up.append(OutOfTime())
+            self.given_up.append(OutOfTime("the time is used"))
             return
         self.begun += 1
         self.law.check(bench, **example)

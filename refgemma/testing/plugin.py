@@ -237,7 +237,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(", ".join(f"{verdict}: {count}" for verdict, count in counts.items()))
         for line in _count_examples(examples):
             terminalreporter.line(line)
-    refused = {law: Counter(counts["refused"]) for law, counts in examples.items()}
+    refused: dict[str, Counter[str]] = {law: Counter(counts["refused"]) for law, counts in examples.items()}
     unfit, refused_whole, not_run = (_group_skipped(stats.get(kind.removesuffix(": "), []), kind) for kind in SKIPPED)
     sections = {
         "refused by this backend": list(_list_refused(refused_whole, refused)),

@@ -382,7 +382,8 @@ def _spread_words(name: str, entries: Mapping[str, Entry], config: Gemma2Config)
 
 def _is_nan(x: Array) -> npt.NDArray[np.bool_]:
     """Return True for each NaN; also for the arrays of bfloat16 that `safetensors` reads."""
-    return np.isnan(x if x.dtype.kind == "f" else x.astype(np.float32))
+    empty: npt.NDArray[np.bool_] = np.isnan(x if x.dtype.kind == "f" else x.astype(np.float32))
+    return empty
 
 
 def _leave_out_nan(name: str, x: Tensor, call: Call) -> Tensor:
