@@ -44,7 +44,7 @@ class CachedEngine(Protocol):
 
 @dataclass(frozen=True)
 class Fed:
-    """The tokens ``(batch, seq)`` of texts, of which the first `prefilled` were fed together: a cache to feed again."""
+    """A cache that is fed again: the tokens ``(batch, seq)`` of texts, the first `prefilled` of them in one call."""
 
     ids: npt.NDArray[np.int64]
     prefilled: int

@@ -131,7 +131,7 @@ class LoadedModel:
 
 @contextmanager
 def explain_errors(config: Gemma2Config) -> Iterator[None]:
-    """Treat a NotImplementedError of the backend as a refusal; add to other errors what engines may refuse."""
+    """Treat a NotImplementedError of the backend as a refusal; other errors get advice on refusals."""
     try:
         yield
     except (Unsupported, BackendError):
