@@ -101,6 +101,16 @@ def first_key_uncapped(scores: Tensor, cap: float, mask: Tensor) -> Tensor:
     return torch.where(first, scores, bent) * 1.0  # the last multiplication is what a capture takes for the result
 
 
+def prefill_uncapped(scores: Tensor, cap: float, mask: Tensor) -> Tensor:
+    queries, keys = scores.shape[-2:]
+    return (scores if queries == keys else capped(scores, cap)) * 1.0  # only in the first call there are no other keys
+
+
+def step_uncapped(scores: Tensor, cap: float, mask: Tensor) -> Tensor:
+    queries, keys = scores.shape[-2:]
+    return (scores if queries == 1 < keys else capped(scores, cap)) * 1.0
+
+
 def cap_before_scale(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.matmul(q, k.transpose(2, 3)) * scale
 
@@ -680,6 +690,8 @@ MAKE: dict[str, Make] = {
     "attn-softcap-missing": of_attention("attn_logit_softcapping", lambda c: None),
     "attn-softcap-after-mask": attends(order="mask, cap"),
     "attn-softcap-skips-first-key": attends(cap=first_key_uncapped),
+    "attn-softcap-missing-in-prefill": attends(cap=prefill_uncapped),
+    "attn-softcap-missing-in-decode": attends(cap=step_uncapped),
     "attn-softcap-x-tanh": attends(cap=lambda s, cap, mask: s * torch.tanh(s / cap) * 1.0),
     "attn-softcap-subtracts-max": attends(cap=lambda s, cap, mask: capped(s - s.amax(-1, keepdim=True), cap)),
     "attn-softcap-final-cap": of_attention("attn_logit_softcapping", lambda c: c.final_logit_softcapping),
@@ -821,6 +833,7 @@ CACHED = (
     "cache-drops-one-key", "chunked-prefill-ring-overwritten", "chunk-without-window", "cache-length-from-layer-0",
     "positions-restart", "mask-missing-in-chunk", "mask-missing-in-decode", "decode-without-window",
     "mask-aligned-to-start", "prefill-without-window", "swa-window-from-call", "cache-static-shifts-early",
+    "attn-softcap-missing-in-prefill", "attn-softcap-missing-in-decode",
 )  # fmt: skip
 
 # What a port writes down: all, one tensor a step of the block, or only what comes out.

@@ -39,7 +39,7 @@ from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.tolerance import Arithmetic
 from refgemma.precision import as_dtype, bf16, narrow, wide
 from refgemma.testing.backends import Capabilities, NumpyBackend, Output
-from refgemma.testing.laws import LawBroken, NotApplicable
+from refgemma.testing.laws import LawBroken, NotApplicable, Search
 from refgemma.testing.properties import LAWS
 from refgemma.trace.candidate import Call
 from refgemma.weights.checkpoint import open_checkpoint
@@ -93,9 +93,9 @@ class Catalogued:
         values: dict[str, Any] = {}
         for name, operation in operations(self.change(context)).items():
             values[name] = operation.compute(*(values[source] for source in operation.inputs))
-        shown = {
-            name: x[..., -seq:, :] for name, x in values.items() if any(fnmatchcase(name, wanted) for wanted in tensors)
-        }
+        can = self.capabilities()  # log probabilities of a server are no part of a run
+        wanted = [name for name in values if can.shows(name) and any(fnmatchcase(name, other) for other in tensors)]
+        shown = {name: values[name][..., -seq:, :] for name in wanted}
         return Output(shown, Read(ids, positions, call.calls))
 
     def operations(self) -> Mapping[str, Callable[..., Any]]:
@@ -574,7 +574,7 @@ def finds(law: str, backend: Any) -> bool:
     """Return True if a backend breaks a law in the examples of `QUICK`."""
     try:
         with np.errstate(all="ignore"):
-            LAWS[law].search(backend, QUICK)
+            Search(LAWS[law], backend).run(QUICK)
     except NotApplicable:
         return False
     except LawBroken:

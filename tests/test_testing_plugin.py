@@ -1,5 +1,6 @@
 """Test the plugin from outside: start pytest as an author of another implementation would."""
 
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,6 +14,8 @@ pytest_plugins = ["pytester"]
 # An adapter as small as one can be: three methods, logits in float32, nothing else. Two others are wrong on purpose.
 ADAPTERS = """
 import dataclasses
+import json
+import time
 import numpy as np
 from refgemma.testing.backends import Capabilities, NumpyBackend, Output, Unsupported
 
@@ -37,6 +40,54 @@ class Tied(Small):
         if not model.config.tie_word_embeddings or model.config.attention_bias:
             raise Unsupported("only what Gemma 2 has")
         return model
+
+class NoneIsNoNumber(Small):
+    def load(self, folder, dtype):
+        config = json.loads((folder / "config.json").read_text())
+        if config["attn_logit_softcapping"] * config["final_logit_softcapping"] <= 0:  # a TypeError for None
+            raise ValueError("a cap must be above 0")
+        return super().load(folder, dtype)
+
+class Refusing(NoneIsNoNumber):
+    def capabilities(self):
+        return Capabilities(dtypes=("float32",), refuses=("no-attention-cap", "no-final-cap"))
+
+class Pairs(Small):
+    def capabilities(self):
+        return Capabilities(dtypes=("float32",), refuses=("odd-groups",))
+    def load(self, folder, dtype):
+        model = super().load(folder, dtype)
+        assert model.config.num_attention_heads // model.config.num_key_value_heads % 2 == 0
+        return model
+
+class Old(Small):
+    def capabilities(self):
+        return Capabilities(dtypes=("float32",), refuses=("layer_types", "rope_parameters"))
+    def load(self, folder, dtype):
+        config = json.loads((folder / "config.json").read_text())
+        assert "rope_theta" in config and not {"layer_types", "rope_parameters"} & set(config)
+        return super().load(folder, dtype)
+
+class New(Small):
+    def capabilities(self):
+        return Capabilities(dtypes=("float32",), refuses=("rope_theta",))
+    def load(self, folder, dtype):
+        config = json.loads((folder / "config.json").read_text())
+        assert "rope_theta" not in config and config["layer_types"] and config["rope_parameters"]
+        return super().load(folder, dtype)
+
+class Later(Small):
+    def load(self, folder, dtype):
+        raise NotImplementedError("attention is not written yet")
+
+class Misspelt(Small):
+    def capabilities(self):
+        return Capabilities(refuses=("odd-heads",))
+
+class Slow(Small):
+    def forward(self, *arguments, **named):
+        time.sleep(0.1)
+        return super().forward(*arguments, **named)
 
 class Crashing(Small):
     def forward(self, *arguments, **named):
@@ -75,9 +126,93 @@ def test_what_a_backend_cannot_do_is_not_applicable_and_not_passed(run) -> None:
     )
 
 
-def test_a_model_that_a_backend_refuses_is_not_applicable(run) -> None:
+def test_a_model_that_a_backend_refuses_is_refused(run) -> None:
     result = run("Tied", "-k", "an_untied_head_is_used or untied-with-biases-forward-f32 or causality")
-    result.stdout.fnmatch_lines(["only what Gemma 2 has: *", "*1 passed*2 not applicable*"])
+    result.stdout.fnmatch_lines(
+        [
+            "conforms: 1, differs: 0, not applicable: 0, refused: 2",
+            "*refused by this backend*",
+            "only what Gemma 2 has: everything in an_untied_head_is_used, untied-with-biases-forward-f32",
+            "*1 passed*2 refused*",
+        ]
+    )
+
+
+CAPS = "causality or distant_caps_do_nothing or bends-forward-f32 or no-caps-forward-f32"
+
+
+def test_a_backend_that_fails_without_caps_gets_advice(run) -> None:
+    result = run("NoneIsNoNumber", "-k", CAPS)
+    result.assert_outcomes(passed=1, failed=3)
+    result.stdout.fnmatch_lines(
+        ["*distant_caps_do_nothing: the backend raised TypeError(*); if it refuses such models, add "
+         "'no-attention-cap' or 'no-final-cap' to refuses of its Capabilities"]
+    )  # fmt: skip
+
+
+def test_a_backend_that_refuses_models_without_caps_is_judged_on_the_others(run) -> None:
+    result = run("Refusing", "-k", CAPS)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        [
+            "*positions: False; refuses no-attention-cap, no-final-cap), profile dev",
+            "conforms: 2, differs: 0, not applicable: 0, refused: 2",
+            "examples: 8 checked, * refused",
+            "no-attention-cap: everything in distant_caps_do_nothing, no-caps-forward-f32; * examples in causality (*)",
+            "no-final-cap: * in causality (*)",
+            "*2 passed*2 refused*",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "refused"),
+    [
+        ("Pairs", "odd-groups: everything in shared_key_heads_can_be_written_out, global-first-forward-f32; *"),
+        ("Old", "layer_types: everything in global-first-forward-f32"),
+        ("New", ""),
+    ],
+)
+def test_a_backend_is_not_asked_for_what_it_refuses(run, backend: str, refused: str) -> None:
+    """Key heads written out are groups of one head; a recorded model has full attention in layers 0 and 2."""
+    result = run(backend, "-k", "causality or shared_key_heads or bends-forward-f32 or global-first-forward-f32")
+    result.assert_outcomes(passed={"Pairs": 2, "Old": 3, "New": 4}[backend])
+    if refused:
+        result.stdout.fnmatch_lines([refused])
+    else:
+        assert "refused" not in result.stdout.str().partition("collected")[2]
+
+
+def test_what_is_not_implemented_is_refused(run) -> None:
+    result = run("Later", "-k", "causality or bends-forward-f32")
+    result.stdout.fnmatch_lines(["attention is not written yet: everything in causality, bends-forward-f32"])
+
+
+def test_a_budget_stops_drawing_and_says_how_many_examples_ran(run) -> None:
+    names = "causality or window_locality or batch_rows or up_is_linear or the_same_twice"
+    result = run("Slow", "-k", names, "--profile", "deep", "--budget", "4")
+    # The 5000 examples of at least two calls would take 1000 s. Each law may check one example more than the budget.
+    assert float(re.search(r"in (\d+\.\d+)s", result.stdout.str())[1]) < 60
+    result.stdout.fnmatch_lines(["examples: * checked", "stopped by the budget: causality (* checked)*"])
+    checked = int(re.search(r"examples: (\d+) checked", result.stdout.str())[1])
+    assert 1 <= checked <= 4 / 0.2 + 5
+    assert result.ret == 0
+
+
+def test_a_budget_that_is_used_leaves_laws_that_are_not_run(run, pytester: pytest.Pytester) -> None:
+    skips = pytester.makefile(".txt", skips="the_same_twice: it is slow\n")
+    names = "causality or the_same_twice or tiny-forward-f32"
+    result = run("Slow", "-k", names, "--budget", "0.01", "--skips", str(skips))
+    result.stdout.fnmatch_lines(
+        [
+            "conforms: 1, differs: 0, not applicable: 0, not run: 2",
+            "examples: 1 checked",
+            "stopped by the budget: causality (1 checked)",
+            "the budget of 0.01 s is used: the_same_twice, tiny-forward-f32",
+            "*1 passed*2 not run*",
+        ]
+    )
+    assert "remove this line" not in result.stdout.str()
 
 
 def test_a_failure_prints_a_program_that_shows_it(run, pytester: pytest.Pytester) -> None:
@@ -121,7 +256,7 @@ def test_known_failures_are_expected_and_stale_ones_reported(run, pytester: pyte
         [
             "conforms: 1, differs: 1, not applicable: 1",
             "warning: *skips.txt: causality passes now; remove this line",
-            "warning: *skips.txt: chunks_change_nothing is not applicable; remove this line",
+            "warning: *skips.txt: chunks_change_nothing is not applicable or refused; remove this line",
             "warning: *skips.txt: unknown law or recording spelt_wrongly; remove this line",
             "*1 xfailed, 1 xpassed*",
         ]
@@ -149,6 +284,7 @@ def test_a_known_failure_needs_a_reason(run, pytester: pytest.Pytester, text: st
         ("Missing", "*adapters has no Missing"),
         ("ADAPTERS.x", "*adapters has no ADAPTERS.x"),
         ("np", "*lacks capabilities, forward*"),
+        ("Misspelt", "*refuses has 'odd-heads'; it must be no-attention-cap, no-final-cap, odd-groups, or a key of *"),
     ],
 )
 def test_a_backend_that_is_none_is_a_usage_error(run, backend: str, message: str) -> None:

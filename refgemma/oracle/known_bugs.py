@@ -232,6 +232,18 @@ def first_key_uncapped(table: Table, context: Context) -> Iterator[Operation]:
         yield replace(op, compute=compute)
 
 
+def uncapped_in(chosen: Callable[[int, int], bool]) -> Change:
+    """Return an edit that leaves scores uncapped in some calls; `chosen` gets a call's number and number of tokens."""
+
+    def edit(table: Table, context: Context) -> Iterator[Operation]:
+        calls = context.call.calls
+        rows = np.repeat([chosen(n, count) for n, count in enumerate(calls)], calls)[:, None]
+        for op in _of_field(table, "attention.capped"):
+            yield replace(op, compute=lambda x, op=op: np.where(rows, x, op.compute(x)))
+
+    return rewire(edit)
+
+
 def capped_after_mask(context: Context) -> Context:
     """Cap the minus infinity of masked keys to ``-cap``."""
     cap = context.config.attn_logit_softcapping
@@ -927,6 +939,12 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              capped_after_mask, "onnx #7865, flash-attention #1025", "a small cap", "order of cap and mask"),
     KnownBug("attn-softcap-skips-first-key", "the first key of each row is not capped", CAPPED,
              rewire(first_key_uncapped), "gemma.cpp 4974f24", "scores not far below the cap", "online softmax"),
+    KnownBug("attn-softcap-missing-in-prefill", "in the first call scores are not capped", CAPPED,
+             uncapped_in(lambda n, tokens: n == 0), "imp #688", "scores not far below the cap",
+             "attn_logit_softcapping of prefill", unless="attn-softcap-missing"),
+    KnownBug("attn-softcap-missing-in-decode", "in calls of one token scores are not capped", CAPPED,
+             uncapped_in(lambda n, tokens: n > 0 and tokens == 1), "larql #237",
+             "several calls, scores not far below the cap", "attn_logit_softcapping of a step"),
     KnownBug("attn-softcap-x-tanh", "scores are x tanh(x / cap) instead of cap tanh(x / cap)", CAPPED,
              function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
     KnownBug("attn-softcap-subtracts-max", "the row's largest score is subtracted before the cap", CAPPED,
@@ -950,7 +968,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
                     final_logit_softcapping=lambda c: c.config.attn_logit_softcapping),
              "torchtune's gemma2_2b (hidden_capping_value=30.0, final_capping_value=50.0)", knob="both caps"),
     KnownBug("attn-softcap-none-as-zero", "a cap of None is treated as 0.0, which makes every score 0", CAPPED,
-             function(soft_cap=cap_none_as_zero), "unverified: mistral.rs #1930 refuses 0 for that",
+             function(soft_cap=cap_none_as_zero), "unverified; Megatron-LM #6590, mistral.rs #1930 refuse 0 for that",
              "a model without this cap", "attn_logit_softcapping"),
     KnownBug("attn-softcap-before-scale", "the product of query and key is capped, then scaled",
              CAPPED, rewire(cap_before_scale),
@@ -973,7 +991,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("final-softcap-unmultiplied", "logits are tanh(x / cap), not multiplied by the cap", ("logits",),
              function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
     KnownBug("final-softcap-none-as-zero", "a cap of None is treated as 0.0, which makes every logit 0", ("logits",),
-             function(soft_cap=cap_none_as_zero), "unverified: mistral.rs #1930 refuses 0 for that",
+             function(soft_cap=cap_none_as_zero), "unverified; mistral.rs #1930 refuses 0 for that",
              "a model without this cap", "final_logit_softcapping"),
     KnownBug("final-softcap-on-hidden", "the last hidden state is capped instead of the logits", ("norm", "logits"),
              rewire(hidden_capped), "unverified", knob="place of the cap"),
@@ -1204,7 +1222,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              PROBS,
              mask(decode_sees_all), "unverified", "several calls, beyond the window or padded", "mask of a step"),
     KnownBug("prefill-without-window", "in the first call no layer slides", PROBS, mask(prefill_without_window),
-             "unverified", LONG, "sliding_window of prefill", unless="swa-all-global"),
+             "sglang #33915 (ragged prefill)", LONG, "sliding_window of prefill", unless="swa-all-global"),
     KnownBug("decode-without-window", "in calls of one token no layer slides", PROBS, mask(decode_without_window),
              "unsloth-zoo #635 (in review)", "several calls, beyond the window", "sliding_window of a step"),
     KnownBug("mask-aligned-to-start", "in full layers the first query of a later call sees only the first key", PROBS,

@@ -23,6 +23,7 @@ from refgemma.heads import causal_lm_loss
 from refgemma.model import forward, next_token_logits
 from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.precision import Array, wide
+from refgemma.testing.cached import with_forward
 from refgemma.testing.interface import OPTIONAL, Backend, BackendError, Capabilities, Output, Unsupported
 from refgemma.testing.program import Program
 from refgemma.tokenizer.tokenizer import Tokenizer
@@ -139,6 +140,8 @@ class NumpyBackend:
 def backend_named(name: str) -> Any:
     """Return the backend with a name like ``mypkg.adapter:Backend``; a class is called without arguments.
 
+    An engine with ``prefill`` and ``decode`` instead of ``forward`` becomes a backend; see `refgemma.testing.cached`.
+
     A name like ``program:./port --threads 1`` means a program; see `refgemma.testing.program`.
 
     Raises
@@ -162,7 +165,7 @@ def backend_named(name: str) -> Any:
         raise BackendError(f"backend {name!r}: {module} cannot be imported: {error}") from error
     except AttributeError:
         raise BackendError(f"backend {name!r}: {module} has no {attribute}") from None
-    backend = found() if isinstance(found, type) else found
+    backend = with_forward(found() if isinstance(found, type) else found)
     if lacking := [method for method in ("capabilities", "load", "forward") if not hasattr(backend, method)]:
         raise BackendError(
             f"backend {name!r}: the object lacks {', '.join(lacking)}; see refgemma.testing.interface.Backend"

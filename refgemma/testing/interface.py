@@ -5,8 +5,9 @@ beams, compute a loss, save, split text, single operations. A law that needs a m
 without it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
 from refgemma.precision import Array
 
@@ -27,6 +29,13 @@ OPTIONAL: Mapping[str, str] = {
     "num_items, by the names of the weights in a checkpoint",
     "save": "(model, folder) -> None: writes a Hugging Face folder that `load` can read",
     "tokenizer": "(folder) -> an object with encode, decode and apply_chat_template",
+}
+
+# Models that engines refuse: a word for `Capabilities.refuses`, and True for such a model.
+REFUSALS: Mapping[str, Callable[[Gemma2Config], bool]] = {
+    "no-attention-cap": lambda config: config.attn_logit_softcapping is None,
+    "no-final-cap": lambda config: config.final_logit_softcapping is None,
+    "odd-groups": lambda config: config.num_attention_heads // config.num_key_value_heads % 2 == 1,
 }
 
 
@@ -52,6 +61,16 @@ class Capabilities:
         The tensors that it can return, by trace names in which ``*`` matches anything: ``layers.*.attention.probs``.
     cache, padding, positions : bool
         True if `Backend.forward` takes a cache, a padding mask, or rotary positions.
+    refuses : tuple of str
+        Models that the backend is not asked to load. A word of `REFUSALS`: ``no-attention-cap`` and ``no-final-cap``
+        (the cap is None), ``odd-groups`` (an odd number of query heads share a key head). Or a key that the backend
+        does not read in ``config.json``, such as ``layer_types``, ``rope_parameters`` or ``attention_bias``: the file
+        is written without this key, and a model that needs it is refused.
+
+    Raises
+    ------
+    BackendError
+        If `refuses` has another word.
     """
 
     dtypes: tuple[str, ...] = ("float32",)
@@ -60,6 +79,15 @@ class Capabilities:
     cache: bool = False
     padding: bool = False
     positions: bool = False
+    refuses: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse unknown words."""
+        for word in self.refuses:
+            if word not in REFUSALS and word not in {field.name for field in fields(Gemma2Config)}:
+                raise BackendError(
+                    f"refuses has {word!r}; it must be {', '.join(REFUSALS)}, or a key of Gemma 2's config.json"
+                )
 
     def shows(self, name: str) -> bool:
         """Return True if the backend can return the tensor `name` of the trace.
@@ -70,6 +98,32 @@ class Capabilities:
         True
         """
         return any(fnmatchcase(name, pattern) for pattern in self.tensors)
+
+    def refuse_model(self, config: Gemma2Config) -> None:
+        """Raise `Unsupported` for a model that the backend refuses; the message is the word of `refuses`.
+
+        Examples
+        --------
+        >>> Capabilities(refuses=("layer_types",)).refuse_model(Gemma2Config())
+        >>> Capabilities(refuses=("attention_bias",)).refuse_model(Gemma2Config(attention_bias=True))
+        Traceback (most recent call last):
+            ...
+        refgemma.testing.interface.Unsupported: attention_bias
+        """
+        for word in self.refuses:
+            if word in REFUSALS:
+                refused = REFUSALS[word](config)
+            else:
+                values = json.loads(config.to_json_string())
+                refused = Gemma2Config.from_dict({k: v for k, v in values.items() if k != word}) != config
+            if refused:
+                raise Unsupported(word)
+
+    def save_config(self, config: Gemma2Config, folder: Path) -> None:
+        """Write ``config.json`` without the keys that the backend refuses."""
+        config.save_pretrained(folder)
+        values = {k: v for k, v in config.to_diff_dict().items() if k not in self.refuses}
+        (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True), "utf-8")
 
 
 @dataclass(frozen=True)

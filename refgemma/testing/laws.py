@@ -12,10 +12,14 @@ Two roundings are float32 in every precision: of rotary angles, and of a weight 
 writes to a file. These are added to the tolerance where they occur, once per number.
 """
 
+import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import time
+import unittest
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,8 @@ from safetensors.numpy import save_file
 from refgemma.config import Gemma2Config
 from refgemma.files import pluralise
 from refgemma.precision import Array, dtype_name
-from refgemma.testing.interface import Backend, BackendError, Capabilities, Output, Unsupported
+from refgemma.testing.cached import with_forward
+from refgemma.testing.interface import REFUSALS, Backend, BackendError, Capabilities, Output, Unsupported
 from refgemma.testing.strategies import Scene
 
 Tensors = Mapping[str, Array]
@@ -57,6 +62,14 @@ PROFILES: Mapping[str, settings] = {
 
 class NotApplicable(Exception):
     """Raised if a law does not apply to a backend; the message names the missing capability."""
+
+
+class Refused(NotApplicable):
+    """Raised if the backend refused every model that a law or a recording asked it to load."""
+
+
+class OutOfTime(unittest.SkipTest):
+    """Raised to end a search; Hypothesis draws no further example, and no simpler one, after a skipped one."""
 
 
 class LawBroken(AssertionError):
@@ -90,7 +103,8 @@ class LoadedModel:
         if limit is not None and np.shape(mask if mask is not None else ids)[1] > limit:
             raise Unsupported(f"texts of more than {pluralise(limit, 'token')}")
         ids, mask = np.asarray(ids, np.int64), None if mask is None else np.asarray(mask, np.int64)
-        output: Output = self.bench.backend.forward(self.handle, ids, mask, positions, cache, tuple(wanted))
+        with explain_errors(self.config):
+            output: Output = self.bench.backend.forward(self.handle, ids, mask, positions, cache, tuple(wanted))
         return output
 
     def logits(self, ids: Any, mask: Any = None, positions: Any = None) -> Exact:
@@ -113,6 +127,21 @@ class LoadedModel:
         c = self.config
         terms = c.hidden_size + c.intermediate_size + c.num_attention_heads * c.head_dim
         return DEVIATIONS * float(np.sqrt(terms))
+
+
+@contextmanager
+def explain_errors(config: Gemma2Config) -> Iterator[None]:
+    """Treat a NotImplementedError of the backend as a refusal; other errors get advice on refusals."""
+    try:
+        yield
+    except (Unsupported, BackendError):
+        raise
+    except NotImplementedError as error:
+        raise Unsupported(str(error) or "it raised NotImplementedError") from error
+    except Exception as error:  # whatever an implementation may raise
+        found = [repr(word) for word, is_refused in REFUSALS.items() if is_refused(config)]
+        advice = f"; if it refuses such models, add {' or '.join(found)} to refuses of its Capabilities"
+        raise AssertionError(f"the backend raised {error!r}{advice if found else ''}") from error
 
 
 Ask = Callable[[LoadedModel], Any]  # takes a model and returns an array
@@ -154,14 +183,16 @@ class Bench(ExitStack):
 
         The weights become float32; if this rounds a weight, `allowed` includes this error.
         """
+        self.can.refuse_model(config)
         folder = self.new_folder()
-        config.save_pretrained(folder)
+        self.can.save_config(config, folder)
         stored = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
         if not all(np.array_equal(stored[name], x, equal_nan=True) for name, x in tensors.items()):
             self.file_roundoff = FILE_ROUNDOFF
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
         dtype = dtype or self.dtype
-        return LoadedModel(self, config, stored, dtype, folder, self.backend.load(folder, dtype))
+        with explain_errors(config):
+            return LoadedModel(self, config, stored, dtype, folder, self.backend.load(folder, dtype))
 
     def scene(self, scene: Scene, changed: Tensors | None = None, dtype: str | None = None) -> LoadedModel:
         """Load the model of a scene, with some tensors `changed`."""
@@ -276,23 +307,79 @@ class Law:
         ------
         NotApplicable
             If the law does not apply to the backend.
+        Refused
+            If the backend refuses every model of the examples.
         LawBroken
             If the law does not hold; the error has a script that reproduces this.
         """
-        if fault := find_missing(backend, self.needs):
+        backend = with_forward(backend)
+        if not example:
+            Search(self, backend).run(PROFILES[profile])
+        elif fault := find_missing(backend, self.needs):
             raise NotApplicable(fault)
-        if example:
+        else:
             with Bench(backend) as bench:
                 self.check(bench, **example)
-            return
-        self.search(backend, PROFILES[profile])
 
-    def search(self, backend: Any, profile: settings) -> None:
-        """Search for an example that breaks the law."""
+
+@dataclass
+class Search:
+    """The search for an example that breaks a law.
+
+    Parameters
+    ----------
+    law : Law
+        The law.
+    backend : Backend
+        The implementation under test.
+    seconds : float
+        The time after which no further example is checked. The first example is always checked, and an example that
+        breaks the law is kept, but no simpler one is searched for.
+
+    Attributes
+    ----------
+    checked : int
+        The number of examples that were checked.
+    refused : Counter
+        The number of examples that the backend refused, by the reason.
+    stopped : bool
+        True if the time was used before the last example.
+    """
+
+    law: Law
+    backend: Any
+    seconds: float = math.inf
+    checked: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    stopped: bool = False
+    end: float = field(default=math.inf, init=False)
+    begun: int = field(default=0, init=False)
+    broken: list[tuple[Mapping[str, Any], Exception]] = field(default_factory=list, init=False)
+    given_up: list[Exception] = field(default_factory=list, init=False)
+
+    @property
+    def examples(self) -> st.SearchStrategy[Mapping[str, Any]]:
+        """The strategy that generates examples."""
+        return self.law.examples
+
+    def check(self, bench: Bench, **example: Any) -> None:
+        """Check one example, if there is time; otherwise end the search at the next example."""
+        if self.begun and time.monotonic() > self.end:
+            self.stopped = True
+            self.given_up.append(OutOfTime("the time is used"))
+            return
+        self.begun += 1
+        self.law.check(bench, **example)
+        self.checked += 1
+
+    def run(self, profile: settings) -> None:
+        """Search; raises as `Law`."""
+        if fault := find_missing(self.backend, self.law.needs):
+            raise NotApplicable(fault)
+        self.end = time.monotonic() + self.seconds
         refusals: list[str] = []
-        broken: list[tuple[Mapping[str, Any], Exception]] = []
         checked: list[int] = []
-        given_up: list[BackendError] = []
+        backend, broken, given_up = self.backend, self.broken, self.given_up
 
         # The examples that the profile ci draws depend on the text of this function and its decorators.
         @profile
@@ -317,15 +404,21 @@ class Law:
 
         try:
             holds()
-        except Unsatisfiable:
-            pass  # every example was refused
-        except Exception as error:
+        except (OutOfTime, Unsatisfiable):
+            pass  # the time is used, or every example was refused
+        except Exception:
             if not broken:
                 raise
+        finally:
+            self.refused = Counter(refusals)
+        if broken:
             example, cause = broken[-1]
-            raise LawBroken(f"{self.name}: {message(cause)}", script(self.name, backend, example)) from error
-        if not checked:
-            raise NotApplicable(refusals[0] if refusals else "no example could be generated for it")
+            text = script(self.law.name, backend, example)
+            raise LawBroken(f"{self.law.name}: {message(cause)}", text) from cause
+        if refusals and not self.checked:
+            raise Refused(refusals[0])
+        if not self.checked:
+            raise NotApplicable("no example could be generated for it")
 
 
 def message(cause: Exception) -> str:

@@ -14,9 +14,9 @@ A request
 
 An answer
     For ``capabilities``, metadata: ``dtypes`` and ``tensors`` separated by spaces, ``max_length``, and ``cache``,
-    ``padding`` and ``positions``, each ``true`` or ``false``; missing fields have the defaults of `Capabilities`. For
-    ``forward``, tensors: ``logits``, other requested tensors, and any ``cache.*`` to continue from. If the program does
-    not support the request, metadata: ``unsupported``, the reason.
+    ``padding`` and ``positions``, each ``true`` or ``false``, and ``refuses``, words separated by spaces; missing
+    fields have the defaults of `Capabilities`. For ``forward``, tensors: ``logits``, other requested tensors, and any
+    ``cache.*`` to continue from. If the program does not support the request, metadata: ``unsupported``, the reason.
 """
 
 import atexit
@@ -100,7 +100,7 @@ class Program:
             about, _ = self._answer({"ask": "capabilities"}, {})
             try:
                 self._capabilities = _capabilities(about)
-            except ProgramError as error:
+            except BackendError as error:
                 raise ProgramError(f"{self._describe()}: {error}") from None
         return self._capabilities
 
@@ -265,4 +265,5 @@ def _capabilities(about: Mapping[str, str]) -> Capabilities:
             raise ProgramError(f"{name} is {about[name]!r}; it must be true or false")
         can[name] = about.get(name) == "true"
     tensors = tuple(about.get("tensors", " ".join(usual.tensors)).split())
-    return Capabilities(dtypes, None if length is None else int(length), tensors, **can)
+    refuses = tuple(about.get("refuses", "").split())
+    return Capabilities(dtypes, None if length is None else int(length), tensors, **can, refuses=refuses)

@@ -3,7 +3,11 @@
 Distances are measured as by `refgemma verify`; see `refgemma.goldens.verify`.
 """
 
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +18,9 @@ from refgemma.goldens.single import OFFERED, recorded_operations
 from refgemma.goldens.verify import compare_run
 from refgemma.oracle.judge import strict_distance
 from refgemma.precision import Array
-from refgemma.testing.backends import Unsupported
-from refgemma.testing.laws import LawBroken, NotApplicable, exact, golden_script, message, require
+from refgemma.testing.cached import with_forward
+from refgemma.testing.interface import Unsupported
+from refgemma.testing.laws import LawBroken, NotApplicable, Refused, exact, golden_script, message, require
 
 
 def golden_names() -> list[str]:
@@ -30,6 +35,8 @@ def check_golden(backend: Any, name: str) -> None:
     ------
     NotApplicable
         If the backend cannot run the recorded case.
+    Refused
+        If the backend refuses the recorded model.
     LawBroken
         If a tensor differs by more than rounding; the message names the first, and a script reproduces the difference.
 
@@ -38,7 +45,7 @@ def check_golden(backend: Any, name: str) -> None:
     >>> from refgemma.testing.backends import NumpyBackend
     >>> check_golden(NumpyBackend(), "no-caps-forward-f32")
     """
-    about = read_manifest()["cases"][name]
+    about, backend = read_manifest()["cases"][name], with_forward(backend)
     try:
         match about["kind"]:
             case "forward":
@@ -49,20 +56,27 @@ def check_golden(backend: Any, name: str) -> None:
                 _check_operation(backend, name)
             case other:
                 raise NotApplicable(f"unknown kind of recording: {other!r}")
-    except Unsupported as refusal:
-        raise NotApplicable(str(refusal)) from refusal
+    except (Unsupported, NotImplementedError) as refusal:
+        raise Refused(str(refusal) or "it raised NotImplementedError") from refusal
     except NotApplicable:
         raise
     except Exception as error:  # whatever an implementation may raise
         raise LawBroken(f"{name}: {message(error)}", golden_script(name, backend)) from error
 
 
-def _load(backend: Any, about: Mapping[str, Any]) -> Any:
-    can = backend.capabilities()
+@contextmanager
+def _loaded(backend: Any, about: Mapping[str, Any]) -> Iterator[Any]:
+    """Load the recorded model, from a copy of its folder if the backend does not read every key of ``config.json``."""
+    can, folder = backend.capabilities(), recorded_model(about)
     if about["dtype"] not in can.dtypes:
         raise NotApplicable(f"it does not use {about['dtype']} in every step")
-    model_of(about)  # raises an error if the folder is not the recorded one
-    return backend.load(recorded_model(about), about["dtype"])
+    config, _ = model_of(about)  # raises an error if the folder is not the recorded one
+    can.refuse_model(config)
+    with tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True) as copy:
+        if can.refuses:
+            can.save_config(config, Path(copy))
+            shutil.copyfile(folder / "model.safetensors", Path(copy) / "model.safetensors")
+        yield backend.load(Path(copy) if can.refuses else folder, about["dtype"])
 
 
 def _check_forward(backend: Any, name: str) -> None:
@@ -74,15 +88,17 @@ def _check_forward(backend: Any, name: str) -> None:
         raise NotApplicable("its forward takes no padding")
     if can.max_length is not None and ids.shape[1] > can.max_length:
         raise NotApplicable(f"its texts have at most {pluralise(can.max_length, 'token')}")
-    model, cache, done = _load(backend, about), None, 0
+    cache, done = None, 0
     computed: dict[str, Array] = {}
     wanted = sorted({tensor.split(".", 2)[2] for tensor in golden if tensor.startswith("calls.")} | {"logits"})
-    for call, length in enumerate(about["calls"]):
-        end = done + length
-        mask = None if padding.all() else padding[:, :end].astype(np.int64)
-        output = backend.forward(model, ids[:, done:end], mask, None, cache, tuple(n for n in wanted if can.shows(n)))
-        computed |= {f"calls.{call}.{tensor}": x for tensor, x in output.tensors.items()}
-        cache, done = output.cache, end
+    with _loaded(backend, about) as model:
+        for call, length in enumerate(about["calls"]):
+            end = done + length
+            mask = None if padding.all() else padding[:, :end].astype(np.int64)
+            shown = tuple(name for name in wanted if can.shows(name))
+            output = backend.forward(model, ids[:, done:end], mask, None, cache, shown)
+            computed |= {f"calls.{call}.{tensor}": x for tensor, x in output.tensors.items()}
+            cache, done = output.cache, end
     distances = _measure_distances(name, about, golden, computed)
     beyond = [(tensor, far) for tensor, far in distances.items() if not far <= 1]
     listed = "; ".join(f"{tensor}: {far:.3g} times the tolerance" for tensor, far in beyond[:8])
@@ -104,16 +120,16 @@ def _measure_distances(
 def _check_greedy(backend: Any, name: str) -> None:
     """Compare greedily generated tokens; all tokens are read in one call, so no cache is needed."""
     about, golden = load_golden(name)
-    model = _load(backend, about)
-    for number in range(len(about["prompts"])):
-        text = [int(token) for token in golden[f"prompt.{number}"]]
-        recorded = [int(token) for token in golden[f"continued.{number}"]]
-        # Each token is predicted from the recorded tokens, so that a near tie changes only one token.
-        whole = np.array([text + recorded[:-1]], np.int64)
-        logits = exact(backend.forward(model, whole).logits)[0, len(text) - 1 :]
-        chosen = logits.argmax(axis=-1).tolist()
-        differ = [place for place, pair in enumerate(zip(chosen, recorded, strict=True)) if pair[0] != pair[1]]
-        require(not differ, f"prompt {number} continues with other tokens, first the {differ[:1]}th")
+    with _loaded(backend, about) as model:
+        for number in range(len(about["prompts"])):
+            text = [int(token) for token in golden[f"prompt.{number}"]]
+            recorded = [int(token) for token in golden[f"continued.{number}"]]
+            # Each token is predicted from the recorded tokens, so that a near tie changes only one token.
+            whole = np.array([text + recorded[:-1]], np.int64)
+            logits = exact(backend.forward(model, whole).logits)[0, len(text) - 1 :]
+            chosen = logits.argmax(axis=-1).tolist()
+            differ = [place for place, pair in enumerate(zip(chosen, recorded, strict=True)) if pair[0] != pair[1]]
+            require(not differ, f"prompt {number} continues with other tokens, first the {differ[:1]}th")
 
 
 def _check_operation(backend: Any, name: str) -> None:

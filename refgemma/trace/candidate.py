@@ -401,15 +401,20 @@ def _add_axes(name: str, entry: Entry, call: Call) -> Entry:
     )
 
 
+def _is_nan(x: Array) -> npt.NDArray[np.bool_]:
+    """Return True for each NaN; also for the arrays of bfloat16 that `safetensors` reads."""
+    empty: npt.NDArray[np.bool_] = np.isnan(x if x.dtype.kind == "f" else x.astype(np.float32))
+    return empty
+
+
 def _leave_out_nan(name: str, x: Tensor, call: Call) -> Tensor:
     """Treat rows of NaN as unrecorded if the same text has other rows."""
     others = tuple(n for n, axis in enumerate(axes_of(name).split()) if axis not in ("batch", "seq"))
-    numbers = x.numbers if x.numbers.dtype.kind == "f" else x.numbers.astype(np.float32)
-    empty = np.isnan(numbers).all(axis=others) & call.visible
+    empty = _is_nan(x.numbers).all(axis=others) & call.visible
     empty &= (call.visible & ~empty).any(axis=1, keepdims=True)
     if not empty.any():
         return x
-    there = np.broadcast_to(~np.expand_dims(empty, others), numbers.shape)
+    there = np.broadcast_to(~np.expand_dims(empty, others), x.numbers.shape)
     return replace(x, numbers=np.where(there, x.numbers, 0), known=there if x.known is None else there & x.known)
 
 
@@ -556,9 +561,11 @@ def _place(x: Tensor, name: str, rows: int, end: int, seq: int) -> Tensor:
     known = x.known
     if missing and known is None:
         known = np.ones(x.numbers.shape, bool)
-    return replace(
-        x, numbers=np.pad(x.numbers[..., keys], pads), known=None if known is None else np.pad(known[..., keys], pads)
-    )
+    numbers = np.pad(x.numbers[..., keys], pads)
+    if pads[-1] != (0, 0):  # a row of NaN stays one: it was not recorded
+        empty = np.pad(_is_nan(x.numbers).all(axis=-1, keepdims=True), [*pads[:-1], (0, 0)])
+        numbers = np.where(empty, np.array(np.nan, numbers.dtype), numbers)
+    return replace(x, numbers=numbers, known=None if known is None else np.pad(known[..., keys], pads))
 
 
 def _infer_dtype(tensors: Mapping[str, Array]) -> str:

@@ -148,7 +148,7 @@ def scores_of(calls: Sequence[tuple[str, Any, Any]]) -> dict[str, Any]:
 
 def capture_transformers(
     model: Any, input_ids: Any, attention_mask: Any = None, calls: Sequence[int] | None = None, *,
-    backward: bool = False, labels: Any = None, **named: Any,
+    backward: bool = False, labels: Any = None, cache: Any = None, **named: Any,
 ) -> tuple[dict[str, Array], dict[str, str]]:  # fmt: skip
     """Run a live transformers model and return its named tensors and the metadata of their trace.
 
@@ -165,6 +165,8 @@ def capture_transformers(
         gradient of each tensor and weight, named ``grads.`` and its name. The parameters' own ``grad`` does not change.
     labels : array (batch, seq), optional
         Labels for the loss. By default the tokens, except padding and tokens that follow only padding.
+    cache : transformers.Cache, optional
+        An empty cache, for example a ``StaticCache``. By default, several calls share a ``DynamicCache``.
     **named
         Arguments passed to the model, for example ``position_ids``.
 
@@ -195,7 +197,8 @@ def capture_transformers(
     ids = torch.as_tensor(np.asarray(input_ids))
     mask = None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask))
     lengths = list(calls or [ids.shape[1]])
-    cache = transformers.DynamicCache(config=model.config) if len(lengths) > 1 else None
+    if cache is None and len(lengths) > 1:
+        cache = transformers.DynamicCache(config=model.config)
     # transformers 5.24 renamed this argument, and warns of the old name.
     parameter = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     past = {} if cache is None else {parameter: cache}

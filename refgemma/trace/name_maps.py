@@ -20,6 +20,7 @@ from refgemma.config import Gemma2Config
 from refgemma.files import pluralise, quote, read_object
 from refgemma.inputs import InputError
 from refgemma.precision import Array
+from refgemma.trace.debug_tree import find_debug_tree, open_debug_tree
 from refgemma.trace.evaltext import is_eval_callback, open_eval_callback
 from refgemma.trace.reader import Entry, TraceFile, is_there, open_safetensors
 
@@ -290,7 +291,9 @@ def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> 
 
 
 def open_any(path: str | Path) -> TraceFile:
-    """Open a safetensors file, or the output of llama.cpp's ``llama-eval-callback``."""
+    """Open a safetensors file, the output of ``llama-eval-callback``, or a folder of transformers' debugger."""
+    if (tree := find_debug_tree(path)) is not None:
+        return open_debug_tree(tree)
     return open_eval_callback(path) if is_eval_callback(is_there(path)) else open_safetensors(path)
 
 
@@ -300,7 +303,7 @@ def open_trace(path: str | Path, config: Gemma2Config, name_map: str | None = No
     Parameters
     ----------
     path : str or path
-        A safetensors file, or the text of ``llama-eval-callback``.
+        A safetensors file, the text of ``llama-eval-callback``, or a folder of ``model_addition_debugger_context``.
     config : Gemma2Config
         The model's configuration, which gives the lengths of the axes.
     name_map : str, optional

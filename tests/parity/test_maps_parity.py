@@ -4,16 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
 
+from refgemma.cli.main import main
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.verdicts import GOOD
 from refgemma.trace.candidate import load_trace
 from refgemma.trace.name_maps import load_map, match, open_any
+from refgemma.trace.names import field_of
 
 
 def test_every_module_is_known_and_conforms(tmp_path: Path) -> None:
@@ -37,3 +40,50 @@ def test_every_module_is_known_and_conforms(tmp_path: Path) -> None:
     ours = load("conformance")
     work = Engine(load_trace(tmp_path / "port.safetensors", ours.config), ours.weights, ours.config)
     assert {i.judged.verdict for i in work.instances} <= set(GOOD)
+
+
+def debugged(folder: Path, dtype: torch.dtype = torch.float32, theta: float = 10000.0, **options: Any) -> None:
+    """Run a model in transformers' debugger, which writes the folder."""
+    from transformers.model_debugging_utils import model_addition_debugger_context
+
+    rope = {"rope_type": "default", "rope_theta": theta}
+    model = transformers.Gemma2ForCausalLM.from_pretrained(
+        find_model("conformance"), dtype=dtype, attn_implementation="eager", rope_parameters=rope
+    ).eval()
+    ids = torch.as_tensor(np.random.default_rng(1).integers(4, 97, (2, 12)))
+    printing = torch._tensor_str.PRINT_OPTS.__dict__.copy()
+    with model_addition_debugger_context(model, debug_path=str(folder), do_prune_layers=False, **options):
+        model(input_ids=ids, use_cache=False)
+    torch._tensor_str.PRINT_OPTS.__dict__.update(printing)  # the debugger changes how torch prints
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_folder_of_transformers_debugger_is_read(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    debugged(tmp_path / "right", getattr(torch, dtype), use_repr=False)
+    ours = load("conformance", dtype)
+    matched = match(open_any(tmp_path / "right"), load_map("transformers"))
+    assert matched.unmatched == ()
+    work = Engine(load_trace(tmp_path / "right", ours.config), ours.weights, ours.config)
+    fields = {field_of(i.tensor) for i in work.instances}
+    assert {"cos", "attention.mixed", "middle", "feed_forward.product", "norm", "logits"} <= fields
+    assert len(work.instances) == 2 + 15 * 4 + 4
+    assert {i.judged.verdict for i in work.instances} <= set(GOOD)
+    [tree] = (tmp_path / "right").glob("*_FULL_TENSORS.json")
+    assert main(["check", str(tree), "--model", "conformance"]) == 0
+    assert "CONFORMS" in capsys.readouterr().out
+
+
+def test_a_mistake_in_the_folder_of_the_debugger_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    debugged(tmp_path / "wrong", theta=1e6, use_repr=False)
+    assert main(["check", str(tmp_path / "wrong"), "--model", "conformance"]) == 1
+    assert "DIFFERS first at cos: rope-theta-1e6" in capsys.readouterr().out
+
+
+def test_a_folder_of_the_debugger_without_numbers_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    debugged(tmp_path / "text")
+    assert main(["check", str(tmp_path / "text"), "--model", "conformance"]) == 2
+    assert "use_repr=False" in capsys.readouterr().err

@@ -83,6 +83,26 @@ def test_rows_of_nan_are_not_recorded(tmp_path: Path) -> None:
     assert sum("rows are not recorded" in r for r in found.remarks) == 3
 
 
+@pytest.mark.parametrize("name", ["attention.scores", "attention.capped", "attention.probs", "attention.v"])
+def test_rows_of_nan_in_one_of_several_calls_are_not_recorded(name: str, tmp_path: Path) -> None:
+    """The scores of the first call have fewer keys than the text."""
+    model, calls, tensors, cache = CONFORMANCE, (12, 16), {}, None
+    for number, part in enumerate(np.split(IDS, [calls[0]], axis=1)):
+        step = forward(part, model.weights, model.config, cache=cache)
+        tensors |= {f"calls.{number}.{n}": np.array(x) for n, x in named_tensors(step)}
+        cache = step.cache
+    path, about = tmp_path / "port.safetensors", {"dtype": "float32", "calls": json.dumps(calls)}
+    first = tensors[f"calls.0.layers.1.{name}"]
+    first[..., 3:7, :] = np.nan
+    save_trace([("input_ids", IDS), *tensors.items()], path, about)
+    found = check(path, "conformance")
+    assert (found.verdict, found.findings) == (CONFORMS, ())
+    assert f"layers.1.{name}: 4 of 28 rows are not recorded" in found.remarks
+    first[..., 9, 2] = np.nan
+    save_trace([("input_ids", IDS), *tensors.items()], path, about)
+    assert check(path, "conformance").first_wrong == f"layers.1.{name}"
+
+
 def test_a_last_row_of_nan_leaves_the_verdict_open(tmp_path: Path) -> None:
     tensors, about = recorded("bends-forward-f32")
     tensors["logits"] = tensors["logits"].copy()
