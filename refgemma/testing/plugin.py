@@ -18,7 +18,7 @@ from refgemma.testing.laws import PROFILES, LawBroken, find_name
 
 OURS = "refgemma.testing.backends:NumpyBackend"
 # The beginnings of the reasons of skipped tests; the plugin counts each kind separately.
-NOT_APPLICABLE, REFUSED, NOT_RUN = SKIPPED = ("not applicable: ", "refused: ", "not run: ")
+NOT_APPLICABLE, ALL_REFUSED, NOT_RUN = SKIPPED = ("not applicable: ", "refused: ", "not run: ")
 BACKEND = pytest.StashKey[Any]()
 KNOWN = pytest.StashKey["KnownFailures"]()
 

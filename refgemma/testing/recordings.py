@@ -65,7 +65,7 @@ def check_golden(backend: Any, name: str) -> None:
 
 
 @contextmanager
-def _loaded(backend: Any, about: Mapping[str, Any]) -> Iterator[Any]:
+def _load_recorded(backend: Any, about: Mapping[str, Any]) -> Iterator[Any]:
     """Load the recorded model, from a copy of its folder if the backend does not read every key of ``config.json``."""
     can, folder = backend.capabilities(), recorded_model(about)
     if about["dtype"] not in can.dtypes:
@@ -91,7 +91,7 @@ def _check_forward(backend: Any, name: str) -> None:
     cache, done = None, 0
     computed: dict[str, Array] = {}
     wanted = sorted({tensor.split(".", 2)[2] for tensor in golden if tensor.startswith("calls.")} | {"logits"})
-    with _loaded(backend, about) as model:
+    with _load_recorded(backend, about) as model:
         for call, length in enumerate(about["calls"]):
             end = done + length
             mask = None if padding.all() else padding[:, :end].astype(np.int64)
@@ -120,7 +120,7 @@ def _measure_distances(
 def _check_greedy(backend: Any, name: str) -> None:
     """Compare greedily generated tokens; all tokens are read in one call, so no cache is needed."""
     about, golden = load_golden(name)
-    with _loaded(backend, about) as model:
+    with _load_recorded(backend, about) as model:
         for number in range(len(about["prompts"])):
             text = [int(token) for token in golden[f"prompt.{number}"]]
             recorded = [int(token) for token in golden[f"continued.{number}"]]

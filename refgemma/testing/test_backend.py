@@ -12,7 +12,7 @@ import pytest
 
 from refgemma.testing.backends import backend_named
 from refgemma.testing.laws import PROFILES, NotApplicable, Refused, Search
-from refgemma.testing.plugin import BACKEND, NOT_APPLICABLE, NOT_RUN, OURS, REFUSED, Budget
+from refgemma.testing.plugin import ALL_REFUSED, BACKEND, NOT_APPLICABLE, NOT_RUN, OURS, Budget
 from refgemma.testing.properties import LAWS
 from refgemma.testing.recordings import check_golden, golden_names
 
@@ -45,12 +45,12 @@ def seconds(budget: Budget) -> float:
 
 
 @contextmanager
-def skipped() -> Iterator[None]:
+def skip_unfit() -> Iterator[None]:
     """Skip a test that is not applicable, or whose models are refused. The plugin counts such tests separately."""
     try:
         yield
     except Refused as reason:
-        pytest.skip(f"{REFUSED}{reason}")
+        pytest.skip(f"{ALL_REFUSED}{reason}")
     except NotApplicable as reason:
         pytest.skip(f"{NOT_APPLICABLE}{reason}")
 
@@ -62,7 +62,7 @@ def test_law(
     """Check that a law holds."""
     search = Search(LAWS[name], backend, seconds)
     try:
-        with skipped():
+        with skip_unfit():
             search.run(PROFILES[profile])
     finally:
         record_property("checked", search.checked)
@@ -73,5 +73,5 @@ def test_law(
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law(name)) for name in golden_names()])
 def test_golden(backend: Any, seconds: float, name: str) -> None:
     """Check the backend against a recording of PyTorch."""
-    with skipped():
+    with skip_unfit():
         check_golden(backend, name)

@@ -13,7 +13,7 @@ from refgemma.precision import Array
 from refgemma.trace.reader import Entry, TraceFile, open_safetensors
 
 TREE = "_debug_tree_FULL_TENSORS.json"
-ALONE = "data"  # the name of the only tensor in each file
+ONLY_TENSOR = "data"  # the name of the only tensor in each file
 
 
 def find_debug_tree(path: str | Path) -> Path | None:
@@ -40,7 +40,7 @@ def open_debug_tree(tree: Path) -> TraceFile:
     entries = {}
     for file in sorted(tree.parent.glob(f"{model}*.safetensors")):
         name = file.stem.removeprefix(f"{model}.").removesuffix("_outputs")
-        entries[top.get(name, name)] = _open_alone(file)
+        entries[top.get(name, name)] = _open_only(file)
     if not entries:
         raise InputError(
             f"{tree}: there are no tensors beside it; call model_addition_debugger_context with use_repr=False"
@@ -48,13 +48,15 @@ def open_debug_tree(tree: Path) -> TraceFile:
     return TraceFile(str(tree.parent), {"map": "transformers", "engine": f"transformers, {model}"}, entries)
 
 
-def _open_alone(file: Path) -> Entry:
+def _open_only(file: Path) -> Entry:
     """Return the only tensor of a file, which is opened again when it is read."""
     entries = open_safetensors(file).entries
-    if set(entries) != {ALONE}:
-        raise InputError(f"{file}: has the tensors {', '.join(sorted(entries)[:3])}; it must have one, named {ALONE}")
+    if set(entries) != {ONLY_TENSOR}:
+        raise InputError(
+            f"{file}: has the tensors {', '.join(sorted(entries)[:3])}; it must have one, named {ONLY_TENSOR}"
+        )
 
     def read() -> Array:
-        return open_safetensors(file).entries[ALONE].read()
+        return open_safetensors(file).entries[ONLY_TENSOR].read()
 
-    return replace(entries[ALONE], read=read)
+    return replace(entries[ONLY_TENSOR], read=read)
