@@ -125,7 +125,8 @@ list(vars(block))
 # %% [markdown]
 # Every block adds to the stream, and here the additions do not cancel out: the stream grows. The picture shows the size
 # of the numbers in the stream, the **root mean square** (RMS) $\sqrt{\mathrm{mean}(h^2)}$, before the first block (0
-# blocks done) and after each block. Each line is a token; the last token is highlighted. A norm divides a vector by its
+# blocks done) and after each block. Each line is a token; the line of the last token is coloured, the others are grey. A
+# norm divides a vector by its
 # root mean square, so its result has the RMS 1, and then multiplies each column by a trained factor $1 + w$ (notebook
 # 6). It is therefore called *RMSNorm*.
 

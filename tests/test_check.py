@@ -75,7 +75,11 @@ def test_pytorch_is_not_accused_by_its_logits_alone(case: str, tmp_path: Path) -
         ({"sliding_window": 6}, "layers.0.attention.probs", "swa-window-minus-one"),
         ({"sliding_window": 4}, "layers.0.attention.probs", "swa-window-plus-one"),
         ({"layer_types": (FULL, SLIDING) * 2}, "layers.0.attention.probs", "swa-layer-parity-swapped"),
-        ({"layer_types": (FULL,) * 4}, "layers.0.attention.probs", "UNKNOWN"),
+        (
+            {"layer_types": (FULL,) * 4},
+            "layers.0.attention.probs",
+            "swa-layer-parity-swapped only in layers 0, 2 or swa-all-local only in layers 0, 2",
+        ),
         ({"rope_theta": 12345.0, "rope_parameters": None}, "cos", "rope_theta = 10000"),
     ],
 )

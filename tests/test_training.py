@@ -77,14 +77,17 @@ def test_ten_steps_in_float64(recording: tuple[dict[str, Any], dict[str, Any]]) 
 
 
 def test_ten_steps_in_float32(recording: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    # Both round the same operations, in other orders: they are as far from the float64 run as one another. The noise of
-    # a tensor is the largest of all its elements and of the steps so far.
-    noise: dict[str, float] = {}
+    # Both round the same operations, in other orders, so their errors have the same distribution. A tensor of nine
+    # numbers is too small to show it: without AVX-512, the error of one such tensor is 2.1 times that of PyTorch. So all
+    # numbers of a step are compared. Their root mean square varies by a few percent, their largest by a factor.
     for step, state in enumerate(train_as_recorded(recording, "float32")):
-        for name, tensor in state.tensors.items():
-            theirs, exact = (recording[1][f"{dtype}.{step}.{name}"] for dtype in ("float32", "float64"))
-            noise[name] = max(noise.get(name, 0.0), float(np.abs(theirs - exact).max()))
-            assert np.abs(tensor - exact).max() <= 2 * noise[name], f"{step} {name}"
+        theirs, exact = (
+            np.concatenate([recording[1][f"{dtype}.{step}.{name}"].ravel() for name in state.tensors])
+            for dtype in ("float32", "float64")
+        )
+        error = np.concatenate([tensor.ravel() for tensor in state.tensors.values()]) - exact
+        assert np.sqrt(np.mean(error**2)) <= 1.25 * np.sqrt(np.mean((theirs - exact) ** 2)), step
+        assert np.abs(error).max() <= 2 * np.abs(theirs - exact).max(), step
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ class Diagnosis:
     def _find_in_fewer_places(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
         """Return mistakes that are in only one of their fields, or not in all layers.
 
-        An example is a port with four functions of norms, of which one multiplies by w. If the inputs of the wrong
+        An example is a port with four functions of norms, if only one multiplies by w. If the inputs of the wrong
         tensors are recorded, the field and the layers are known. Otherwise each field is tried, in all layers.
         """
         kind, layers = field_of(names[0]), {layer_of(name) for name in names} - {None}
