@@ -77,9 +77,9 @@ def test_ten_steps_in_float64(recording: tuple[dict[str, Any], dict[str, Any]]) 
 
 
 def test_ten_steps_in_float32(recording: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    # Both round the same operations, in other orders, so their errors have the same distribution. A tensor of nine
-    # numbers is too small to show it: without AVX-512, the error of one such tensor is 2.1 times that of PyTorch. So all
-    # numbers of a step are compared. Their root mean square varies by a few percent, their largest by a factor.
+    # Both round the same operations in other orders, so their errors have the same distribution. A tensor of nine
+    # numbers is too small to show it: without AVX-512, the error of one such tensor is 2.1 times that of PyTorch.
+    # So all numbers of a step are compared. Their root mean square varies by a few percent, their largest by a factor.
     for step, state in enumerate(train_as_recorded(recording, "float32")):
         theirs, exact = (
             np.concatenate([recording[1][f"{dtype}.{step}.{name}"].ravel() for name in state.tensors])
