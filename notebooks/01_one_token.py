@@ -75,7 +75,7 @@ list(zip(ids, tokens, strict=True))
 # The model is a **neural network**, a long chain of matrix products with simple curved functions between them. A neural
 # network computes with vectors, not with ids. So each token id selects one row of a table $E$. The table has one row
 # per token and `hidden` columns (234 here, 3584 in the 9B). This lookup is called the **embedding**. Gemma multiplies
-# the rows by a constant (notebook 6 explains why):
+# the rows by a constant, because they are short compared with the vectors that the blocks add (notebook 6 shows it):
 #
 # $$h_0 = \sqrt{\mathrm{hidden}} \; E[\mathrm{id}]$$
 #
@@ -157,8 +157,8 @@ for number, angle in enumerate(angles):
 _ = axes.legend(loc="upper center", ncols=2)
 
 # %% [markdown]
-# **Question.** Block 2 adds half as much again as block 1 (1.52 and 1.02). But the line rises less in block 2 (0.56)
-# than in block 1 (0.79). How is that possible?
+# **Question.** Blocks are numbered from 0. Block 2 adds half as much again as block 1 (1.52 and 1.02). But the line
+# rises less in block 2 (0.56) than in block 1 (0.79). How is that possible?
 #
 # <details><summary>Answer</summary>
 # Five of the six vectors stand nearly at a right angle to the stream (75 to 90 degrees). Such a vector turns the stream
@@ -170,9 +170,9 @@ _ = axes.legend(loc="upper center", ncols=2)
 # ## Inside the feed-forward half
 #
 # Two matrices turn the vector into two vectors of `intermediate` numbers (408 here). One vector, the *gate*, goes
-# through a function called GELU. GELU keeps positive numbers and makes negative ones almost 0. The gate is then
-# multiplied by the other vector, *up*, so it controls how much of each number of *up* passes. Where the gate is almost
-# 0, it is *closed*. A third matrix brings the product back to `hidden` numbers:
+# through a function called GELU. GELU keeps positive numbers and makes negative ones small: 0.17 or less in size. The
+# gate is then multiplied by the other vector, *up*, number by number, so it controls how much of each number of *up*
+# passes. Where the gate is negative, it is *closed*. A third matrix brings the product back to `hidden` numbers:
 #
 # $$\mathrm{feedforward}(x) = W_{down}\,\big(\mathrm{gelu}(W_{gate}\,x) \cdot W_{up}\,x\big)$$
 
@@ -185,7 +185,7 @@ fed = ops.linear(ops.gelu_tanh(gate) * up, layer.down_proj)
 
 assert gate.shape == up.shape == (1, seq, config.intermediate_size)
 closed = np.mean(block.feed_forward.gelu < 0)
-print(f"{closed:.0%} of the gates are closed (negative after GELU)")
+print(f"{closed:.0%} of the gates are closed (negative)")
 
 # %% [markdown]
 # ## Out of the model

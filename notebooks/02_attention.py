@@ -217,8 +217,8 @@ _ = figure.colorbar(image, ax=all_axes, label="mean share of the attention")
 #
 # To find out, the next cell switches a head off and compares the answers. The numbers of a head go through `head_dim`
 # columns of $W_o$, so these columns are set to 0. (Switching off a part to find its effect is called **ablation**.) The
-# result is the share of the probability that moves to other next tokens, averaged over the places
-# after `<bos>`.
+# result is the share of the probability that moves to other next tokens, averaged over the places after `<bos>`. (It is
+# half of the sum of all changes, because one token gains as much as the others lose.)
 
 # %%
 from dataclasses import replace
@@ -252,9 +252,10 @@ print(f"moved at most: {moved.max():.1%}")
 # %% [markdown]
 # <details><summary>Answer</summary>
 # No. Head 0 of block 3 spends 94 % of its attention on <code>&lt;bos&gt;</code>, but without this head only 3 % of the
-# probability moves. Head 4 of block 2 matters most, with 16.5 %. The value of <code>&lt;bos&gt;</code> is not small
-# here: its length is 4.85, and the other values have a mean of 4.75. But <code>&lt;bos&gt;</code> sees only itself, so
-# its value is the same vector in every text. So the vector that this head adds says almost nothing about the text.
+# probability moves. Head 4 of block 2 matters most, with 16.5 %. The reason is not a small value of
+# <code>&lt;bos&gt;</code>: its length is 4.85, and the other values have a mean of 4.75. But <code>&lt;bos&gt;</code>
+# sees only itself, so its value is the same vector in every text. So the vector that this head adds says almost nothing
+# about the text.
 # </details>
 #
 # ## Exercise

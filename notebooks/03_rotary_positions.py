@@ -13,10 +13,10 @@
 # %% [markdown]
 # # 3. Rotary positions
 #
-# Without a rotation, attention does not know the order of words: the product of a query and a key is the same at any
-# two places in the text. Gemma encodes the order of words by *rotating* queries and keys by angles that depend on their
-# places. This is called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score*
-# (their dot product), *port* (a reimplementation of the model in another program).
+# Without a rotation, attention does not know the order of the earlier words: the product of a query and a key is the
+# same at any two places in the text. Gemma encodes the order of words by *rotating* queries and keys by angles that
+# depend on their places. This is called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*,
+# *head*, *score* (their dot product), *port* (a reimplementation of the model in another program).
 #
 # ![Drawing of the model: the rotation of queries and keys is lit](pictures/model-03.svg)
 #
@@ -45,7 +45,8 @@ head_dim, theta = config.head_dim, config.rope_theta
 # A rotation does not change the length. If one point is rotated by $\varphi$ and another by $\psi$, their dot product
 # depends only on $\varphi - \psi$: a dot product is the two lengths times the cosine of the angle between the points,
 # and the rotations change this angle by $\varphi - \psi$. So if the angle is proportional to the position, the score of
-# a query and a key depends on the *distance* between them. This is the whole idea. (The *position* is the number from
+# a query and a key depends on the *distance* between them. The score of a head is the sum over its pairs, so it also
+# depends only on the distance. This is the whole idea. (The *position* is the number from
 # which the angle is computed. In these notebooks it is always the place of the token in the text.)
 
 
@@ -116,8 +117,9 @@ cos[0, 0, :3][:, [0, 1, 16, 17]].round(3)
 #
 # $$\mathrm{rotate}(x) = x \cdot \cos + (-x_{\text{second half}},\; x_{\text{first half}}) \cdot \sin$$
 #
-# Both choices are equally good, if the model is used with the same choice as in training. Ports have confused them;
-# `refgemma known-bugs rope-interleaved` names two.
+# Both choices are equally good, if the model is used with the same choice as in training. With the other choice, no
+# error appears, but heads look at other tokens and the text becomes worse. Ports have confused the two: in a terminal,
+# `refgemma known-bugs rope-interleaved` names such programs.
 
 # %%
 x = np.random.default_rng(0).standard_normal((1, 1, 12, head_dim)).astype(np.float32)

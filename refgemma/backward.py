@@ -3,8 +3,11 @@ against PyTorch autograd through transformers 5.23 (eager), against central diff
 
 ``grad`` is always the gradient of the loss with respect to an operation's result: an array of the result's shape,
 ``grad[i] = dL/dy[i]``. For each operation ``y = f(x)`` of `refgemma.ops`, a function here takes `grad` and returns the
-gradients of the inputs: ``dL/dx[j] = sum_i grad[i] * dy[i]/dx[j]``. The records of the forward pass have all results
-that are needed, so nothing else is stored and no layer is computed again. The order is the reverse of the forward pass.
+gradients of the inputs: ``dL/dx[j] = sum_i grad[i] * dy[i]/dx[j]``. The order is the reverse of the forward pass.
+
+The records of the forward pass have the inputs of every operation, so nothing else is stored. Cheap steps inside an
+operation are computed again: the tanh of a cap, the root of a norm, the slope of an activation, the repeated key heads
+and the softmax of the logits.
 
 The gradient of a tensor that is used several times is the sum of the gradients from all its uses.
 
@@ -87,9 +90,11 @@ def rms_norm_backward(
     """Return the gradients of `rms_norm`: of `x` ``r * (h - n * mean(h * n))``, of `weight` the sum of ``grad * n``.
 
     Here ``r = 1 / sqrt(mean(x**2) + eps)``, ``n = x * r`` and ``h = grad * (1 + weight)``, which is the gradient of
-    ``n``. Each ``x[j]`` affects the result directly, with the factor ``r``, and through the mean: ``dr/dx[j] = -r**3
-    x[j] / hidden``, so ``dn[i]/dx[j] = -n[i] n[j] r / hidden``. Without `eps`, a longer `x` gives the same result: the
-    second term removes the part of ``h`` along `x`.
+    ``n``. Each ``x[j]`` affects ``n[j]`` directly, with the factor ``r``, and every ``n[i]`` through the mean. Because
+    ``dr/dx[j] = -r**3 x[j] / hidden``, both together are ``dn[i]/dx[j] = r (1 if i == j else 0) - n[i] n[j] r /
+    hidden``. Multiplied by ``h[i]`` and added over ``i``, this is the formula. Without `eps`, a longer `x` gives the
+    same result, so the gradient of `x` has no part along `x`: their dot product is 0. The sum of `weight` is over
+    tokens.
 
     The weight is an offset from one, but ``d(1 + w)/dw = 1``. All steps use (at least) float32, and each gradient is
     rounded once. Source: transformers ``Gemma2RMSNorm`` under autograd; Zhang and Sennrich 2019, arXiv:1910.07467.
@@ -105,7 +110,7 @@ def rms_norm_backward(
     inverse = 1 / np.sqrt(np.mean(x_wide * x_wide, axis=-1, keepdims=True) + eps)
     normed = x_wide * inverse
     products = wide(grad) * normed
-    mean = (products @ scale)[..., None] / hidden
+    mean = (products @ scale)[..., None] / hidden  # of h * n = grad * (1 + weight) * n
     grad_x = inverse * (wide(grad) * scale - normed * mean)
     grad_weight = products.reshape(-1, hidden).sum(axis=0)
     return narrow(grad_x, like=x), narrow(grad_weight, like=weight)
@@ -156,11 +161,13 @@ def soft_cap_backward(
     """Return the gradient of `soft_cap`: ``grad * (1 - tanh(x / cap)**2)``; with ``None``, return `grad` unchanged.
 
     ``y = cap * tanh(x / cap)``. The derivative of tanh is ``1 - tanh**2``; the factors ``cap`` outside and ``1 / cap``
-    inside cancel. Far beyond the cap the gradient is 0: a saturated score does not learn.
+    inside cancel. From the result, this is ``1 - (y / cap)**2``. Far beyond the cap it is almost 0: a saturated score
+    does not learn.
 
     Half precision has three roundings, because autograd goes back through three kernels: the product with the cap,
-    tanh and the quotient. (PyTorch stores the tanh; here it is computed again.) Source: transformers
-    ``eager_attention_forward`` and ``Gemma2ForCausalLM`` under autograd; Bello et al. 2016, arXiv:1611.09940.
+    tanh and the quotient. So the two factors do not cancel in the code. (PyTorch stores the tanh; here it is computed
+    again.) Source: transformers ``eager_attention_forward`` and ``Gemma2ForCausalLM`` under autograd; Bello et al.
+    2016, arXiv:1611.09940.
 
     Examples
     --------
@@ -174,12 +181,11 @@ def attention_scores_backward(
     grad: Scores, q: Float[np.ndarray, "batch heads seq head_dim"],
     k: Float[np.ndarray, "batch heads keys head_dim"], scale: float,
 ) -> tuple[Float[np.ndarray, "batch heads seq head_dim"], Float[np.ndarray, "batch heads keys head_dim"]]:  # fmt: skip
-    """Return the gradients of `attention_scores`: of `q` ``scale * grad @ k``, of `k` ``scale * grad.T @ q``.
+    """Return the gradients of `attention_scores`: of `q` ``scale * grad @ k``, of `k` ``scale * grad' @ q``.
 
     ``scores[i, j] = scale * sum_d q[i, d] k[j, d]``. The gradient of a query sums over the keys it is compared with,
-    the gradient of a key over queries. In half precision the scaled `grad` is rounded, then each product. Source:
-    transformers
-    ``eager_attention_forward`` under autograd.
+    the gradient of a key over queries; ``grad'`` has queries and keys exchanged. In half precision the scaled `grad` is
+    rounded, then each product. Source: transformers ``eager_attention_forward`` under autograd.
 
     Examples
     --------
@@ -196,14 +202,15 @@ def attention_scores_backward(
 def softmax_backward(grad: Scores, probs: Scores) -> Scores:
     """Return the gradient of the scores of `softmax`, from its result: ``probs * (grad - sum(grad * probs))``.
 
-    ``p[j] = exp(s[j]) / sum_k exp(s[k])``. The score ``s[j]`` raises its own weight and, through the sum, lowers all:
-    ``dp[i]/ds[j] = p[i] (1 if i == j else 0) - p[i] p[j]``. So a score's gradient is positive where `grad` is above the
-    row's weighted mean, and the gradients of a row sum to 0. A masked key has the weight 0 and so the gradient 0; the
-    mask is not needed.
+    ``p[j] = exp(s[j]) / sum_k exp(s[k])``. The score ``s[j]`` raises its own exponential and, through the sum,
+    lowers every weight: ``dp[i]/ds[j] = p[i] (1 if i == j else 0) - p[i] p[j]``. Multiplied by ``grad[i]`` and added
+    over ``i``, this is ``p[j] (grad[j] - sum(grad * probs))``. So a score's gradient is positive where `grad` is above
+    its mean weighted by `probs`, and the gradients of a row sum to 0. In a row with a visible key, a masked key has the
+    weight 0 and so the gradient 0; the mask is not needed.
 
-    A query that may see no key weighs all keys equally, whatever the scores, so their true derivative is 0. PyTorch
-    gives another result: its row is ``scores + lowest``, which only rounding makes constant, and autograd uses the sum.
-    The formula here gives the same as PyTorch.
+    A query that may see no key weighs all keys equally, whatever the scores, so their derivative is 0. This function
+    does not return 0, because PyTorch does not: PyTorch adds the lowest number to the scores of masked keys, and
+    differentiates this sum, although rounding makes it constant. The formula above gives the same as PyTorch.
 
     Computed in (at least) float32 and rounded once. PyTorch uses the weights before they are rounded to half precision,
     but the records do not have these. Pass unrounded `probs` to get PyTorch's rounding. Source: transformers
@@ -265,7 +272,7 @@ def activation_backward(
     return ACTIVATIONS_BACKWARD[activation](grad, x)
 
 
-# --- layers, in the order of layers.py, backwards ---------------------------------------------------------------------
+# --- the functions of layers.py, in its order -------------------------------------------------------------------------
 
 
 def attention_backward(
@@ -295,7 +302,7 @@ def attention_backward(
     head_dim, seq = cos.shape[-1], x.shape[1]
     groups = record.q.shape[1] // record.k.shape[1]
     keys, values = (repeat_kv(past, groups) for past in record.present)
-    of: dict[str, Any] = {}
+    of: dict[str, Any] = {}  # gradients of weights
 
     grad_mixed, of["o_proj"], of["o_proj_bias"] = linear_backward(
         grad, record.mixed, weights.o_proj, weights.o_proj_bias
@@ -385,7 +392,7 @@ def block_backward(
     return grad_middle + through_attention, grads, LayerWeights(**of, **of_mlp, **of_attention)
 
 
-# --- the model, in the order of model.py, backwards -------------------------------------------------------------------
+# --- the functions of model.py, in its order --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -626,7 +633,8 @@ def compute_gradients(
         ``refgemma.inputs.packed_masks``.
     num_items : float, optional
         Divides the sum of the losses, instead of the number of labels that count. To accumulate the gradients of
-        several batches, pass the number of labels that count in all of them.
+            several batches, pass the number of labels that count in all of them; the first label of a row never counts,
+        because no logits predict it. A mean over each of the batches gives tokens of short batches too much weight.
 
     Returns
     -------

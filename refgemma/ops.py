@@ -204,7 +204,7 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     """Return weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
 
     Computed in (at least) float32 and rounded once. Only a padding token's query may see no key at all; it then weighs
-    all keys equally. No real token sees a padding token, so such a row affects no result. PyTorch gives the same
+    all keys equally. No real token sees a padding token, so such a row affects no real row. PyTorch gives the same
     weights in float32 and bfloat16, but other weights in float16 and NaN in float64. So compare only the rows of real
     tokens. Source: transformers ``eager_attention_forward``.
 

@@ -143,10 +143,10 @@ def test_01_greedy() -> None:
     assert names.longer[names.seq :] == expected
 
 
-@claim(1, "GELU keeps positive numbers and makes negative ones almost 0.")
+@claim(1, "GELU keeps positive numbers and makes negative ones small: 0.17 or less in size.")
 def test_01_gelu() -> None:
     x = np.linspace(0, 20, 2001)
-    assert ops.gelu_tanh(-x).min() > -0.18
+    assert -0.175 < ops.gelu_tanh(-x).min() < -0.165
     assert np.abs(ops.gelu_tanh(x) - x).max() < 0.18
 
 
