@@ -63,8 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Of a test and of the processes that it has waited for. A clock would count what other programs of the machine do too;
-# it only ends a test that hangs, at `timeout` in pyproject.toml. The slowest test takes 10 s alone.
-PROCESSOR_SECONDS = 60.0
+# it only ends a test that hangs, at `timeout` in pyproject.toml. The slowest test takes 10 s alone. On a
+# machine whose processors are shared, processor time grows too: the same test took 72 s there.
+PROCESSOR_SECONDS = 300.0
 
 
 def processor_seconds() -> float:
