@@ -633,7 +633,7 @@ def compute_gradients(
         ``refgemma.inputs.packed_masks``.
     num_items : float, optional
         Divides the sum of the losses, instead of the number of labels that count. To accumulate the gradients of
-            several batches, pass the number of labels that count in all of them; the first label of a row never counts,
+        several batches, pass the number of labels that count in all of them; the first label of a row never counts,
         because no logits predict it. A mean over each of the batches gives tokens of short batches too much weight.
 
     Returns

@@ -23,7 +23,7 @@ class CachedEngine(Protocol):
         ...
 
     def load(self, folder: Path, dtype: str) -> Any:
-        """Read a Hugging Face folder, as `Backend.load`."""
+        """Read a Hugging Face folder, as `load` of `refgemma.testing.interface.Backend`."""
         ...
 
     def prefill(self, model: Any, input_ids: npt.NDArray[np.int64]) -> tuple[Array, Any]:
