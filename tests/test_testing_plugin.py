@@ -158,8 +158,8 @@ def test_a_backend_that_refuses_models_without_caps_is_judged_on_the_others(run)
             "*positions: False; refuses no-attention-cap, no-final-cap), profile dev",
             "conforms: 2, differs: 0, not applicable: 0, refused: 2",
             "examples: 8 checked, * refused",
-            "no-attention-cap: everything in distant_caps_do_nothing, no-caps-forward-f32; * examples in causality (*)",
-            "no-final-cap: * in causality (*)",
+            # By chance, examples of causality are refused, too: the profile dev draws other ones each time.
+            "no-attention-cap: everything in distant_caps_do_nothing, no-caps-forward-f32*",
             "*2 passed*2 refused*",
         ]
     )
