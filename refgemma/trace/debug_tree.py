@@ -29,7 +29,7 @@ def open_debug_tree(tree: Path) -> TraceFile:
     Raises
     ------
     InputError
-        If there is no file of a tensor, or a file has other tensors.
+        If the folder has no tensor files, or a file has other tensors.
     """
     model = tree.name.removesuffix(TREE)
     top = {f"{model}_outputs_logits": "logits"} | {
@@ -43,7 +43,7 @@ def open_debug_tree(tree: Path) -> TraceFile:
         entries[top.get(name, name)] = _open_only(file)
     if not entries:
         raise InputError(
-            f"{tree}: there are no tensors beside it; call model_addition_debugger_context with use_repr=False"
+            f"{tree}: its folder has no tensor files; call model_addition_debugger_context with use_repr=False"
         )
     return TraceFile(str(tree.parent), {"map": "transformers", "engine": f"transformers, {model}"}, entries)
 
