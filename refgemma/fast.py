@@ -152,18 +152,19 @@ def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, 
     return y
 
 
+def transpose_rows(x: Array, y: Array, start: int, stop: int) -> None:
+    """Compute some rows of ``y = x.T``, one square at a time to use all of each cache line of `x`."""
+    for first in range(start, stop, SQUARE):
+        rows = slice(first, min(first + SQUARE, stop))
+        for column in range(0, len(x), SQUARE):
+            columns = slice(column, column + SQUARE)
+            y[rows, columns] = x[columns, rows].T
+
+
 def transpose(x: Float[np.ndarray, "any seq"]) -> Float[np.ndarray, "seq any"]:
-    """Return ``x.T`` as a contiguous array, transposed one square at a time to use all of each cache line of `x`."""
+    """Return ``x.T`` as a contiguous array."""
     y = np.empty(x.shape[::-1], x.dtype)
-
-    def some_rows(start: int, stop: int) -> None:
-        for first in range(start, stop, SQUARE):
-            rows = slice(first, min(first + SQUARE, stop))
-            for column in range(0, len(x), SQUARE):
-                columns = slice(column, column + SQUARE)
-                y[rows, columns] = x[columns, rows].T
-
-    in_threads(some_rows, len(y), CHUNK // max(1, len(x)))
+    in_threads(functools.partial(transpose_rows, x, y), len(y), CHUNK // max(1, len(x)))
     return y
 
 
@@ -184,16 +185,17 @@ def fast_linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None)
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
 
+def work_on_chunks(work: Callable[..., None], arrays: tuple[Array, ...], rows: int, start: int, stop: int) -> None:
+    """Call `work` with the rows of `arrays` from `start` to `stop`, `rows` at a time."""
+    for first in range(start, stop, rows):
+        last = min(first + rows, stop)
+        work(*(array[first:last] for array in arrays))
+
+
 def over_chunks(work: Callable[..., None], *arrays: Array) -> None:
     """Call `work` with some rows of equally long arrays, few enough to stay in the cache between operations."""
     rows = max(1, CHUNK // max(1, arrays[0][0].size)) if len(arrays[0]) else 1
-
-    def chunks(start: int, stop: int) -> None:
-        for first in range(start, stop, rows):
-            last = min(first + rows, stop)
-            work(*(array[first:last] for array in arrays))
-
-    in_threads(chunks, len(arrays[0]), rows)
+    in_threads(functools.partial(work_on_chunks, work, arrays, rows), len(arrays[0]), rows)
 
 
 def norm_rows(x: Array, normed: Array, gain: Array, eps: float) -> None:
@@ -403,15 +405,11 @@ def attention_of_piece(
     batch, seq, width = hidden.shape
     x = hidden.reshape(batch * seq, width)
     normed = fast_rms_norm(x, weights["input_layernorm"], numbers.eps)
-
-    def heads(name: str) -> Array:
-        projected = fast_linear(normed, weights[f"{name}_proj"], weights[f"{name}_proj_bias"])
-        return projected.reshape(batch, seq, -1, cos.shape[-1])
-
-    q, k = heads("q"), heads("k")
+    projected = (fast_linear(normed, weights[f"{name}_proj"], weights[f"{name}_proj_bias"]) for name in "qkv")
+    q, k, v = (rows.reshape(batch, seq, -1, cos.shape[-1]) for rows in projected)
     q_rot = np.empty_like(q)
     new = slice(first - present.start, first - present.start + seq)
-    present.values[:, :, new] = heads("v").swapaxes(1, 2)
+    present.values[:, :, new] = v.swapaxes(1, 2)
     for row in range(batch):
         fast_rotate(q[row], cos[row], sin[row], q_rot[row])
         fast_rotate(k[row], cos[row], sin[row], present.keys[row, :, new].swapaxes(0, 1))

@@ -1,14 +1,18 @@
 """Check array shapes in every test, set Hypothesis profiles, and run the parity tests only if PyTorch is installed."""
 
+import functools
+import itertools
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
+from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -16,10 +20,11 @@ from jaxtyping import install_import_hook
 # the weights, which may lie on disk: beartype looks into a sequence, and would read a layer each time. And `testing`,
 # which is given the arrays of other implementations, and has annotations of Hypothesis that beartype refuses. And the
 # oracle and `precision`, which have no annotation with axes, but so many small calls that checking them takes longer
-# than their tests.
+# than their tests. And the exercises, which have none either, but functions inside functions: the hook decorates such a
+# function each time its outer function runs, which takes milliseconds. So there are none where many calls are made.
 UNCHECKED = (
     "cli", "config", "convert", "generation.generation_config", "goldens", "hub", "inputs", "modeling", "oracle",
-    "precision", "sweep", "testing", "tokenizer", "trace", "weights",
+    "precision", "sweep", "teach.exercises", "testing", "tokenizer", "trace", "weights",
 )  # fmt: skip
 
 PACKAGE = Path(__file__).parents[1] / "refgemma"
@@ -32,10 +37,35 @@ CHECKED = sorted(
 
 # Everywhere else the annotations are held against the arrays of each call. The hook has to stand before refgemma is
 # imported, so nothing here imports it. (pytest's option --jaxtyping-packages does the same, but beartype then refuses
-# an int for a float, which is_pep484_tower allows, as Python and mypy do.) The checks take about half of the time of
-# the tests. So .ci/run makes them where it runs all tests, and turns them off where it runs tests for another reason.
+# an int for a float, which is_pep484_tower allows, as Python and mypy do.) A check takes longer than many of the
+# functions, so only the first calls of each test are checked: a test that makes more repeats them with other numbers.
+# .ci/run makes the checks where it runs all tests, and turns them off where it runs tests for another reason.
+CHECKS = 10_000  # of a test; each call takes two, one of its arguments and one of its result
+made = itertools.count(1)
+
+
+def check_types(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with its annotations checked by beartype, until a test has made `CHECKS` checks."""
+    check = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+
+    @functools.wraps(function)
+    def count_and_check(*args: Any, **given: Any) -> Any:
+        if next(made) == CHECKS:
+            jaxtyping.config.update("jaxtyping_disable", True)
+        return check(*args, **given)
+
+    return count_and_check
+
+
+def pytest_runtest_logstart() -> None:
+    """Check shapes from the beginning of each test."""
+    global made
+    made = itertools.count(1)
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 if os.environ.get("REFGEMMA_CHECK_SHAPES") != "0":
-    install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+    install_import_hook(CHECKED, "conftest.check_types")
 
 # Without a deadline: the first call of a NumPy function takes many times as long as the second.
 settings.register_profile("ci", derandomize=True, deadline=None, database=None)  # the same examples every time
@@ -60,27 +90,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name == "test_backend.py":  # a file of the package, where our marks are not registered
             item.add_marker(pytest.mark.slow)
-
-
-# Of a test and of the processes that it has waited for. A clock would count what other programs of the machine do too;
-# it only ends a test that hangs, at `timeout` in pyproject.toml. The slowest test takes 10 s alone. On a
-# machine whose processors are shared, processor time grows too: the same test took 72 s there.
-PROCESSOR_SECONDS = 300.0
-
-
-def processor_seconds() -> float:
-    """Return the processor time of this process and of its finished children, in seconds."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Fail a test that takes too much processor time; parity tests may take longer, because PyTorch does."""
-    before = processor_seconds()
-    yield
-    if (seconds := processor_seconds() - before) > PROCESSOR_SECONDS and "parity" not in item.path.parts:
-        pytest.fail(f"took {seconds:.0f} s of processor time, where {PROCESSOR_SECONDS:.0f} are the limit")
 
 
 def pytest_report_header() -> list[str]:

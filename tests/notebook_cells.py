@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,9 +40,9 @@ def solutions(number: int) -> list[str]:
 
 
 @cache
-def run(number: int) -> tuple[dict[str, dict[str, Any]], float]:
-    """Run a notebook; return the variables after each code cell, and the total processor time in seconds."""
-    began, snapshots = time.process_time(), {}
+def run(number: int) -> dict[str, dict[str, Any]]:
+    """Run a notebook; return the variables after each code cell."""
+    snapshots = {}
     sys.modules["notebook"] = type(sys)("notebook")  # as a module: Hypothesis asks where a function is defined
     names = vars(sys.modules["notebook"])
     try:
@@ -54,11 +53,11 @@ def run(number: int) -> tuple[dict[str, dict[str, Any]], float]:
     finally:
         del sys.modules["notebook"]
         plt.close("all")
-    return snapshots, time.process_time() - began
+    return snapshots
 
 
 def after(number: int, line: str) -> SimpleNamespace:
     """Return the variables after the cell that contains `line`."""
-    found = [names for cell, names in run(number)[0].items() if line in cell]
+    found = [names for cell, names in run(number).items() if line in cell]
     assert len(found) == 1, f"{len(found)} cells of notebook {number} contain {line!r}"
     return SimpleNamespace(**{name: value for name, value in found[0].items() if not name.startswith("__")})

@@ -5,7 +5,6 @@
 
 import json
 import struct
-import time
 import tracemalloc
 from typing import Any
 
@@ -31,24 +30,21 @@ from safetensors.numpy import save
 
 from refgemma.trace.names import FIELDS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # an example takes some milliseconds
 
 EXAMPLES = settings(max_examples=60)
 MEMORY = 2**26  # bytes: the files here have some kilobytes
-SECONDS = 20.0  # some thousand times what an example takes
 
 
 def ask(name: str, content: bytes) -> None:
     """Read the content; do not catch undocumented errors."""
     tracemalloc.start()
-    began = time.process_time()
     try:
         TARGETS[name](content)
-        taken, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < MEMORY + 100 * len(content)
-    assert taken < SECONDS
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
@@ -75,6 +76,21 @@ def test_the_checkout_is_what_is_tested() -> None:
 @pytest.mark.skipif(os.environ.get("REFGEMMA_CHECK_SHAPES") == "0", reason="REFGEMMA_CHECK_SHAPES=0 turns them off")
 def test_shapes_are_checked_in_this_run() -> None:
     # Every other test relies on the hook in conftest.py; were it to stop working, they would still pass.
+    with pytest.raises(TypeCheckError):
+        rms_norm(np.ones((2, 3)), np.ones(4), 1e-6)
+
+
+@pytest.mark.skipif(os.environ.get("REFGEMMA_CHECK_SHAPES") == "0", reason="REFGEMMA_CHECK_SHAPES=0 turns them off")
+def test_the_first_calls_of_a_test_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conftest, "CHECKS", 4)  # two calls
+    conftest.pytest_runtest_logstart()
+    rms_norm(np.ones((2, 3)), np.ones(3), 1e-6)
+    with pytest.raises(TypeCheckError):
+        rms_norm(np.ones((2, 3)), np.ones(4), 1e-6)
+    rms_norm(np.ones((2, 3)), np.ones(3), 1e-6)
+    with pytest.raises(ValueError, match="broadcast"):  # NumPy's own error
+        rms_norm(np.ones((2, 3)), np.ones(4), 1e-6)
+    conftest.pytest_runtest_logstart()
     with pytest.raises(TypeCheckError):
         rms_norm(np.ones((2, 3)), np.ones(4), 1e-6)
 

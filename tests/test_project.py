@@ -6,7 +6,6 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-import conftest
 import pytest
 
 import refgemma
@@ -103,16 +102,3 @@ def test_the_examples_in_the_readme_run(capsys: pytest.CaptureFixture[str]) -> N
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("Once upon a time")
-
-
-def test_a_test_has_limited_processor_time_whatever_the_clock_says(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for seconds in (1.0, conftest.PROCESSOR_SECONDS + 1):
-        measured = iter((0.0, seconds))
-        monkeypatch.setattr(conftest, "processor_seconds", lambda measured=measured: next(measured))
-        call = conftest.pytest_runtest_call(request.node)
-        next(call)
-        with pytest.raises(StopIteration if seconds == 1 else pytest.fail.Exception):
-            next(call)
-    monkeypatch.undo()

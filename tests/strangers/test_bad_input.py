@@ -10,7 +10,6 @@ import resource
 import shutil
 import struct
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,6 @@ from refgemma.weights.parameters import tensor_shapes
 
 SEED = 21
 DAMAGES = 12  # of each file, half of them of its bytes and half of its JSON
-SECONDS = 5.0  # a thousand times what a damaged folder takes
 GIBIBYTE = 2**30
 
 SMALL = Gemma2Config(
@@ -172,9 +170,7 @@ def damages(target: Target, draw: random.Random) -> Iterator[bytes]:
 def ask(command: list[str], folder: Path, monkeypatch: Any, capsys: Any) -> int:
     """Run a command on a folder, check its output against the rules, and return the exit code."""
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n"))
-    began = time.process_time()
     code = main([str(folder) if part == "FOLDER" else part for part in command])
-    assert time.process_time() - began < SECONDS
     err = capsys.readouterr().err
     if code != OK:
         assert code == MISUSE, err

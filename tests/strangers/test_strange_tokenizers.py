@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -70,10 +69,9 @@ def test_underlines_written_out_are_kept_apart_from_spaces(tokenizer: Tokenizer)
     assert tokenizer.tokenize(" \u2581") == ["\u2581\u2581"]  # one alone is no piece of its own
 
 
-def test_a_megabyte_of_spaces_takes_less_than_a_second(tokenizer: Tokenizer) -> None:
-    start = time.perf_counter()
+@pytest.mark.timeout(120)  # it takes a second; a search from each space to the end would take hours
+def test_a_megabyte_of_spaces(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode(" " * 2**20)) == 1 + 2**17
-    assert time.perf_counter() - start < 5
 
 
 def test_a_tab_is_no_byte_of_a_broken_character(tokenizer: Tokenizer) -> None:
