@@ -111,6 +111,7 @@ def test_one_wrong_element_is_seen(tmp_path: Path) -> None:
     assert report.first_divergence.judged.statistics.place == (1, 3, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -134,6 +135,7 @@ def test_what_was_left_out_together_is_named_from_the_logits(
     assert [f.named for f in report.findings] == [named]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_wrong_logit_is_seen_among_the_logits_alone(dtype: str, tmp_path: Path) -> None:
     model = refgemma.load("conformance", dtype)
@@ -147,6 +149,7 @@ def test_one_wrong_logit_is_seen_among_the_logits_alone(dtype: str, tmp_path: Pa
     assert report.findings[0].worst.judged.statistics.place == (1, 15, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [None, BLOCK, ("logits",)], ids=["full", "block", "logits"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_few_wrong_elements_are_no_way_of_rounding(dtype: str, names: tuple[str, ...] | None, tmp_path: Path) -> None:

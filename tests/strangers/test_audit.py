@@ -242,12 +242,14 @@ def test_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.0035 < quantised[0]["weights_off"] < 0.014  # 8 bits
 
 
+@pytest.mark.slow
 def test_an_unknown_number_is_not_taken_for_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(vllm(model(rope_theta=20000.0, rope_parameters=None))) as (url, _):
         code, found = audit(url, capsys)
     assert (code, found["verdict"], found["assumptions"][0]["quantised"]) == (1, "differs", False)
 
 
+@pytest.mark.slow
 def test_other_weights(capsys: pytest.CaptureFixture[str]) -> None:
     weights = model().weights
     other = replace(weights, layers=weights.layers[::-1])

@@ -120,6 +120,7 @@ def test_computed_nan_is_invalid(where: Any, tmp_path: Path) -> None:
     assert (found.verdict, verdicts["layers.1.out"]) == (DIFFERS, INVALID)
 
 
+@pytest.mark.slow
 def test_steps_that_record_nothing_are_not_recorded(tmp_path: Path) -> None:
     """The prompt has only its last row's logits, some steps have none, as in decoders and speculative decoding."""
     case = "bends-decode-f32"
@@ -180,6 +181,7 @@ def test_permuted_rows_with_pairs_turned_are_the_same_model(case: str, tmp_path:
 JAX = Path(__file__).parents[1] / "recorded" / "deepmind-norm.npz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["eager", "jit"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_deepminds_norm_is_a_way_of_rounding(dtype: str, how: str, tmp_path: Path) -> None:
@@ -200,6 +202,7 @@ def test_deepminds_norm_is_a_way_of_rounding(dtype: str, how: str, tmp_path: Pat
 # --- estimates --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_is_no_other_number(seed: int, tmp_path: Path) -> None:
     """Products with errors of five per cent are not mistaken for another eps, scale, cap or theta."""
@@ -224,6 +227,7 @@ def test_another_number_is_still_estimated(tmp_path: Path) -> None:
 # --- unknown is the last resort ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wrong_declared_dtype_is_said(tmp_path: Path) -> None:
     """The tensors were computed in bfloat16 and written as float32."""
     logits = np.float32(as_float64(run("bfloat16")["logits"]))
@@ -235,6 +239,7 @@ def test_a_wrong_declared_dtype_is_said(tmp_path: Path) -> None:
     assert "--dtype" in said
 
 
+@pytest.mark.slow
 def test_a_bug_and_a_way_of_rounding_are_named_from_the_logits(tmp_path: Path) -> None:
     """The run has no window, and computes the last cap in bfloat16."""
     raw = as_dtype(run(layer_types=(FULL,) * 4)["raw_logits"], "bfloat16")
@@ -244,6 +249,7 @@ def test_a_bug_and_a_way_of_rounding_are_named_from_the_logits(tmp_path: Path) -
     assert "swa-all-global + final-softcap-in-bf16" in found.findings[0].named.split(" or ")
 
 
+@pytest.mark.slow
 def test_the_closest_bug_is_said_with_what_it_leaves(tmp_path: Path) -> None:
     """The run has no window, and an unknown number."""
     logits = run(layer_types=(FULL,) * 4, query_pre_attn_scalar=14)["logits"]
@@ -366,6 +372,7 @@ def test_the_best_words_with_their_ids_are_judged(tmp_path: Path) -> None:
     assert (found.verdict, found.findings[0].named) == (DIFFERS, "final-softcap-missing")
 
 
+@pytest.mark.slow
 def test_a_temperature_is_found(tmp_path: Path) -> None:
     found = checked({"logprobs": log_probabilities(run()["logits"], temperature=0.7)}, tmp_path)
     assert found.verdict == DIFFERS

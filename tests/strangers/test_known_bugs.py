@@ -82,6 +82,7 @@ MISPLACED: list[tuple[Edit, str, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @DENSITIES
 @pytest.mark.parametrize(("edit", "tensor", "says"), MISPLACED, ids=[says[:24] for _, _, says in MISPLACED])
 def test_a_weight_in_anothers_place_is_named(

@@ -35,6 +35,7 @@ def measure(path: Path, capsys: Any, *options: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_each_token_is_computed_once(text: Path, monkeypatch: Any, capsys: Any) -> None:
     read: list[int] = []
 
@@ -52,6 +53,7 @@ def test_each_token_is_computed_once(text: Path, monkeypatch: Any, capsys: Any) 
     assert sum(read) > 1.9 * found["tokens"]  # what the option costs
 
 
+@pytest.mark.slow
 def test_bits_a_byte_are_of_the_whole_text(text: Path, capsys: Any) -> None:
     found = measure(text, capsys)
     whole = found["transformers"]
@@ -133,6 +135,7 @@ def test_what_was_read_is_found_by_its_tokens() -> None:
     assert again[:2] == new[2:]  # the cache after the prompt was not spoilt by what came after it
 
 
+@pytest.mark.slow
 def test_a_talk_ends_at_the_models_positions(capsys: Any, monkeypatch: Any) -> None:
     code, turns, err = talk(["Tell me of a king."] * 9, capsys, monkeypatch, "--max-new-tokens", "100")
     assert code == 2

@@ -70,6 +70,7 @@ def save(tensors: Tensors, path: Path, **about: str) -> str:
 # --- right ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recorded_gradients_conform(tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every weight's gradient is judged, although no tensor between the tokens and the gradients is recorded."""
     assert main(["check", save(tensors, tmp_path), "--model", "conformance"]) == 0
@@ -221,6 +222,7 @@ def test_a_gradient_that_is_nan_is_invalid(tensors: Tensors, model: Pretrained) 
     assert (found.first_divergence.tensor, found.first_divergence.judged.verdict) == (name, "INVALID")
 
 
+@pytest.mark.slow
 def test_every_format_of_the_report(tensors: Tensors, tmp_path: Path) -> None:
     """Test a wrong gradient, with a repro file."""
     name = "grads.model.layers.2.mlp.up_proj.weight"
@@ -256,6 +258,7 @@ def stepped(tensors: Tensors, model: Pretrained) -> Tensors:
     }
 
 
+@pytest.mark.slow
 def test_a_step_is_judged(stepped: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", save(stepped, tmp_path, **STEP), "--model", "conformance"]) == 0
     assert "\n92 PASS\n" in capsys.readouterr().out.replace("46 EXACT, 46 PASS", "92 PASS")
@@ -271,6 +274,7 @@ def test_a_small_error_in_a_weight_is_found_there(name: str, stepped: Tensors, t
     assert first(found) == (f"weights.after.{name}", "UNKNOWN")
 
 
+@pytest.mark.slow
 def test_weights_that_did_not_move_differ(stepped: Tensors, model: Pretrained, tmp_path: Path) -> None:
     still = {f"weights.after.{n}": rows[:] for n, rows in named_weights(model.weights, model.config).items()}
     assert check(save(stepped | still, tmp_path, **STEP), "conformance").verdict == DIFFERS
