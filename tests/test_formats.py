@@ -111,6 +111,7 @@ def test_what_conforms_is_green_everywhere(run: Tensors, tmp_path: Path, capsys:
     assert all(is_green(read_all(frozenset(), run, tmp_path, capsys)).values())
 
 
+@pytest.mark.slow
 @given(changes=st.frozensets(st.sampled_from([*TRACE, *WEIGHTS]), min_size=2))
 @example(changes=frozenset(TRACE) | frozenset(WEIGHTS))
 @example(changes=frozenset({"noisy", "a missing weight"}))

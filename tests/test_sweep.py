@@ -297,7 +297,7 @@ def test_no_worker_and_no_command_outlives_a_sweep(number: int, tmp_path: Path) 
         said = process.communicate(timeout=60)[1]
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
         assert "Traceback" not in said
-        wait_for(lambda: not any(is_running(pid) for pid in started), seconds=5)
+        wait_for(lambda: not any(is_running(pid) for pid in started), seconds=60)
 
 
 @pytest.mark.parametrize("delay", [0, 0.05, 0.2])

@@ -192,7 +192,7 @@ def test_a_budget_stops_drawing_and_says_how_many_examples_ran(run) -> None:
     names = "causality or window_locality or batch_rows or up_is_linear or the_same_twice"
     result = run("Slow", "-k", names, "--profile", "deep", "--budget", "4")
     # The 5000 examples of at least two calls would take 1000 s. Each law may check one example more than the budget.
-    assert float(re.search(r"in (\d+\.\d+)s", result.stdout.str())[1]) < 60
+    assert float(re.search(r"in (\d+\.\d+)s", result.stdout.str())[1]) < 500
     result.stdout.fnmatch_lines(["examples: * checked", "stopped by the budget: causality (* checked)*"])
     checked = int(re.search(r"examples: (\d+) checked", result.stdout.str())[1])
     assert 1 <= checked <= 4 / 0.2 + 5
