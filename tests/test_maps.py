@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.diagnose import Report
+from refgemma.oracle.diagnose import Diagnosis, Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import Judged, Statistics
+from refgemma.oracle.known_bugs import KnownBug
 from refgemma.oracle.verdicts import CONFORMS, INCONCLUSIVE, PASS
 from refgemma.trace.candidate import Call, Candidate, Tensor, is_known, load_trace
 from refgemma.trace.evaltext import open_eval_callback
@@ -55,6 +57,20 @@ def show(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_searched_for_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair of the first wrong tensor explains the other 22 fields, so they need no search."""
+    searches: list[str] = []
+    search = Diagnosis._find_pairs
+
+    def count(self: Diagnosis, finding: Sequence[Instance]) -> list[KnownBug]:
+        searches.append(finding[0].tensor)
+        return search(self, finding)
+
+    monkeypatch.setattr(Diagnosis, "_find_pairs", count)
+    assert main(["check", str(llama), "--model", "conformance"]) == 1
+    assert searches == ["layers.0.attention.scores"]
 
 
 @pytest.mark.slow

@@ -191,6 +191,8 @@ class Diagnosis:
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
         self._parts: list[KnownBug] = []  # parts in half precision already tried
+        # Explanations that are not in the table of known bugs, such as pairs; of a pair, the results of one bug alone.
+        self._others: dict[str, tuple[KnownBug, Computed | None]] = {}
         self.untried = False  # true if some exchanged weights were not tried, to save time
 
     @cached_property
@@ -279,13 +281,17 @@ class Diagnosis:
         found = self._choose([v for v in found if v.kind == "mistake"]) or found
         if names[0].startswith((GRADS, AFTER)):
             return tuple(found)
+        found = found or [v for v, before in self._others.values() if self.is_consistent(v, names, before)]
         if self.whole:
             found = found or self._find_part(names) or self._find_in_fewer_places(names, good)
         if finding[0].between:
             found = found or self._find_roundings(names)
         if self.whole:
             found = found or self._find_weights(names, good)
-        return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
+        found = found or self._find_pairs(finding) or self._find_gemma_1(finding)
+        listed = {v.name for v in self.bugs} | self._others.keys()
+        self._others |= {v.name: (v, None) for v in found if v.name not in listed}
+        return tuple(found)
 
     def _choose(self, mistakes: Sequence[KnownBug]) -> list[KnownBug]:
         """Leave out each mistake that another one replaces, because the other explains more fields or is named
@@ -390,12 +396,14 @@ class Diagnosis:
             return found
         for v in close:
             before = self.read(v)
-            found += [pair for r in ways if self.is_consistent(pair := combine(v, r), names, before)]
+            fitting = [pair for r in ways if self.is_consistent(pair := combine(v, r), names, before)]
+            self._others |= {pair.name: (pair, before) for pair in fitting}
+            found += fitting
         return found or self._find_behind_rounding(names)
 
     def _find_behind_rounding(self, names: Sequence[str]) -> list[KnownBug]:
         """Return a mistake combined with a way of rounding that explains most of the error, if both explain all."""
-        found: list[tuple[float, KnownBug]] = []
+        found: list[tuple[float, KnownBug, Computed]] = []
         for left, r in self.rank(names[0])[:TRIED]:
             if r.kind == "rounding" and left < CLOSE:
                 before, usual = self.read(r), self._measure(names[0], self.usual)
@@ -404,8 +412,12 @@ class Diagnosis:
                         pair = combine(v, r)
                         more = self._measure(names[0], self.read(pair)) / max(usual, 1e-300)
                         if more < CLOSE * left and self.is_consistent(pair, names, before):
-                            found.append((more, pair))
-        return [min(found, key=lambda one: one[0])[1]] if found else []
+                            found.append((more, pair, before))
+        if not found:
+            return []
+        _, pair, before = min(found, key=lambda one: one[0])
+        self._others[pair.name] = pair, before
+        return [pair]
 
     def _find_roundings(self, names: Sequence[str]) -> list[KnownBug]:
         """Return the way of rounding, or the two, that come closest, if the rest is their own noise.
@@ -612,9 +624,12 @@ def diagnose(
     """
     found = report_on(Engine(candidate, weights, config, override, quantised))
     if HEAD_FIELDS & {finding.field for finding in found.findings}:
-        turned = report_on(Engine(join_halves(candidate), weights, config, override, quantised))
-        if not HEAD_FIELDS & {finding.field for finding in turned.findings}:
-            found = turned
+        engine = Engine(join_halves(candidate), weights, config, override, quantised)
+        wrong = {field_of(i.tensor) for i in engine.instances if i.judged.verdict in verdicts.BAD}
+        # Explanations take most of the time, so they are searched for only if no head is wrong in this order.
+        if not HEAD_FIELDS & wrong:
+            turned = report_on(engine)
+            found = found if HEAD_FIELDS & {finding.field for finding in turned.findings} else turned
     if not quantised and looks_quantised(found):
         again = report_on(Engine(found.candidate, weights, config, override, quantised=True))
         said = "all products with weights have errors as from quantisation; judged as with --quantised"
