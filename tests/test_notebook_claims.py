@@ -119,6 +119,24 @@ def test_01_sizes() -> None:
     assert CONFIG.final_logit_softcapping == 30
 
 
+@claim(
+    1,
+    "here 15.3? The rows of this text have lengths of about 0.7.",
+    "a typical number has the size $0.7/\\sqrt{234} = 0.04$",
+    "the first block adds numbers of a typical size of 1.2",
+    "The factor brings the row's numbers to a size of about 0.7",
+)
+def test_01_the_embedding_scale() -> None:
+    names = after(1, "run = refgemma.forward")
+    size = viz.root_mean_square
+    assert np.sqrt(names.hidden) == pytest.approx(15.3, abs=0.05)
+    assert np.linalg.norm(names.rows, axis=1) == pytest.approx(0.69, abs=0.07)
+    assert size(names.rows) == pytest.approx(0.04, abs=0.01)
+    assert 0.7 / np.sqrt(234) == pytest.approx(0.04, abs=0.01)
+    assert size(names.h0) == pytest.approx(0.69, abs=0.07)
+    assert size(names.run.layers[0].out[0] - names.h0) == pytest.approx(1.2, abs=0.15)
+
+
 @claim(1, "here the additions do not cancel out: the stream grows", "so its result has the RMS 1")
 def test_01_the_record_is_the_computation() -> None:
     names = after(1, "fed = ops.linear")

@@ -10,6 +10,7 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
@@ -41,7 +42,7 @@ def link_source(source: str) -> tuple[str, str]:
     return source, f"https://github.com/{owner}/{found[1]}/issues/{found[3]}" if found and owner else ""
 
 
-def describe_bugs(port: str) -> dict[str, dict[str, object]]:
+def describe_bugs(port: str) -> dict[str, dict[str, Any]]:
     """Return the description, the inputs and the sources of each known bug that `port` makes.
 
     Examples

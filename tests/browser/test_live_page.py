@@ -388,6 +388,13 @@ def test_a_story_of_another_text_does_not_stay(live: Page) -> None:
     assert all(story.startswith("A king") for story in finish_stories(live))
 
 
+def test_a_text_without_room_for_a_story_replaces_the_story(live: Page) -> None:
+    live.click("#continue")
+    finish_stories(live)
+    live.fill("#text", " ".join([SEA] * 20))  # 320 tokens are the model's limit
+    assert all(story.startswith(f"{SEA} {SEA}") for story in finish_stories(live))
+
+
 def test_a_bug_changes_the_story(live: Page) -> None:
     live.select_option("#bug", "norm-without-one")
     live.click("#continue")
