@@ -156,8 +156,8 @@ for window in windows:
     distances.append(judge.strict_distance(candidate, right, allowed, "float32"))
 axes = viz.new_axes(6, 3)
 axes.bar(windows, distances, log=True)
-axes.axhline(1, linestyle="--", color="tab:red", label="tolerance")
-axes.set(xlabel="window", ylabel="distance", ylim=(0.01, 1e10))
+axes.axhline(1, linestyle="--", color="tab:red", label="limit")
+axes.set(xlabel="window", ylabel="distance / tolerance", ylim=(0.01, 1e10))
 axes.set_title("attention of layer 0, by window")
 _ = axes.legend()
 

@@ -73,8 +73,10 @@ _ = axes.set_title(f"before: {len(rows)} rows, {len(held_out)} held out")
 # $$w \leftarrow w - \eta\, \frac{m}{\sqrt{v} + \epsilon}, \qquad m \leftarrow \beta_1 m + (1 - \beta_1)\, g, \qquad
 # v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2$$
 #
-# ($m$ and $v$ are also divided by $1 - \beta^t$, because they begin at 0.) In the first step, $m / \sqrt{v}$ is
-# $g / |g|$. So the first step has the length $\eta$ for every number, however large its gradient is.
+# ($m$ and $v$ are also divided by $1 - \beta^t$, because they begin at 0. The W stands for weight decay, notebook 6. It
+# is 0 here.) In the first step, $m / \sqrt{v}$ is
+# $g / |g|$. So the first step has the length $\eta$ for every number, however large its gradient is. Only a gradient so
+# small that $\epsilon$ counts gives a shorter step.
 
 # %%
 base = {name: w[:] for name, w in named_weights(tiny.weights, config).items()}
@@ -88,7 +90,7 @@ assert moved.shape == (sum(x.size for x in base.values()),)
 
 axes = viz.new_axes(6.4, 2.6)
 axes.hist(1000 * moved, bins=60, log=True)
-axes.set(xlabel="change, in thousandths", ylabel="numbers")
+axes.set(xlabel="change, in thousandths", ylabel="number of weights")
 _ = axes.set_title("one step of AdamW, rate 0.001")
 
 # %% [markdown]
