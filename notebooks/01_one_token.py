@@ -79,10 +79,10 @@ list(zip(ids, tokens, strict=True))
 #
 # $$h_0 = \sqrt{\mathrm{hidden}} \; E[\mathrm{id}]$$
 #
-# Why by $\sqrt{\mathrm{hidden}}$, here 15.3? The rows of this text have lengths of about 0.7. Such a length is spread over
-# 234 numbers, so a typical number has the size $0.7/\sqrt{234} = 0.04$. But the first block adds numbers of a typical
-# size of 1.2, which would hide the token. The factor brings the row's numbers to a size of about 0.7 (notebook 6 leaves
-# the factor out).
+# Why by $\sqrt{\mathrm{hidden}}$, here 15.3? The rows of this text have lengths of about 0.7. Such a length is spread
+# over 234 numbers, so a typical number has the size $0.7/\sqrt{234} = 0.04$. But the first block adds numbers of a
+# typical size of 1.2, which would hide the token. The factor brings the row's numbers to a size of about 0.7 (notebook
+# 6 leaves the factor out).
 #
 # The vector $h$ is called the **residual stream**: every later part of the model reads it and adds something to it.
 
@@ -132,10 +132,9 @@ list(vars(block))
 # %% [markdown]
 # Every block adds to the stream, and here the additions do not cancel out: the stream grows. The picture shows the size
 # of the numbers in the stream, the **root mean square** (RMS) $\sqrt{\mathrm{mean}(h^2)}$, before the first block (0
-# blocks done) and after each block. Each line is a token; the line of the last token is coloured, the others are grey. A
-# norm divides a vector by its
-# root mean square, so its result has the RMS 1, and then multiplies each column by a trained factor $1 + w$ (notebook
-# 6). It is therefore called *RMSNorm*.
+# blocks done) and after each block. Each line is a token; the line of the last token is coloured, the others are grey.
+# A norm divides a vector by its root mean square, so its result has the RMS 1, and then multiplies each column by a
+# trained factor $1 + w$ (notebook 6). It is therefore called *RMSNorm*.
 
 # %%
 _ = viz.residual_norms(run, tokens)

@@ -107,7 +107,8 @@ _ = right.set_title("reduction by the cap")
 
 # %% [markdown]
 # Which head has the large scores? The next picture shows the head with the largest score of all. It is the sink of
-# notebook 2, a head that looks mostly at `<bos>`. Orange dots show how much the cap subtracts, for each query and each key that it may see.
+# notebook 2, a head that looks mostly at `<bos>`. Orange dots show how much the cap subtracts, for each query and each
+# key that it may see.
 
 # %%
 scores = np.stack([layer.attention.scores[0] for layer in run.layers])

@@ -174,7 +174,8 @@ _ = axes.legend()
 #
 # For each kept token, each layer and each key/value head, the cache holds a key and a value (the first 2 in the
 # formula). Each of them has `head_dim` numbers of 2 bytes (the second 2). Gemma's numbers of 2 bytes are called
-# bfloat16 (notebook 7). The picture uses the unit GiB, which is $2^{30}$ bytes. The configurations of the released models are in the package, as *presets*.
+# bfloat16 (notebook 7). The picture uses the unit GiB, which is $2^{30}$ bytes. The configurations of the released
+# models are in the package, as *presets*.
 #
 # $$\text{bytes} = 2 \cdot 2 \cdot \mathrm{kv\_heads} \cdot \mathrm{head\_dim} \cdot \sum_{\text{layers}} \text{tokens
 # kept}$$

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 9. Verifying a port: find the bug from a trace
 #
-# A **port** is a reimplementation of a model in another program or for another machine. Most ports have had a bug that
+# A **port** is a reimplementation of a model in another program or for another machine. Many ports have had a bug that
 # did not crash the program, but made the text a little worse. This notebook finds such bugs by comparing tensors. You
 # need the *trace* and the parts of a block (notebook 1), the window (notebook 5) and *rounding* (notebook 7).
 #

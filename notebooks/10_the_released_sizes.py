@@ -134,7 +134,8 @@ _ = axes.legend()
 #
 # ## Memory
 #
-# A parameter takes two bytes in bfloat16 and four in float32. (A GiB is $2^{30}$ bytes, a GB is $10^9$ bytes.) Each text also needs the cache of notebook 5.
+# A parameter takes two bytes in bfloat16 and four in float32. (A GiB is $2^{30}$ bytes, a GB is $10^9$ bytes.) Each
+# text also needs the cache of notebook 5.
 
 
 # %%

@@ -342,7 +342,8 @@ measure("factor w in place of 1 + w", change_norms(lambda w: w - 1))
 # ## The other parts
 #
 # GELU, its gate, and the embedding scale are older than Gemma 2. A gate multiplies the feed-forward layer's numbers by
-# other numbers ([Shazeer 2020](https://arxiv.org/abs/2002.05202)):
+# other numbers ([Shazeer 2020](https://arxiv.org/abs/2002.05202)). The sign $\odot$ multiplies two vectors number by
+# number:
 #
 # $$\mathrm{feedforward}(x) = W_{down} \, \big(\mathrm{gelu}(W_{gate}\, x) \odot W_{up}\, x\big)$$
 

@@ -155,8 +155,8 @@ by_place[1:period].mean(), by_place[period + 1 :].mean()
 
 # %% [markdown]
 # It is not: the mean loss is 12.9 nats in the first copy and 12.8 in the second. So the model does not copy. (Both are
-# far above log 2048 = 7.6, the loss of a model that knows nothing. Random tokens do not resemble the tales: at a quarter
-# of the places the model gives a wrong token more than half of the probability.)
+# far above log 2048 = 7.6, the loss of a model that knows nothing. Random tokens do not resemble the tales: at a
+# quarter of the places the model gives a wrong token more than half of the probability.)
 #
 # **Question.** The tiny model has previous-token heads, but no induction head. How much would an induction head help on
 # real text?
@@ -257,7 +257,8 @@ middle.set_title("the right token is the most likely")
 #
 # The stream is a sum of these parts: the embedding, and for each block six heads and a feed-forward layer. The last
 # norm divides it by one number $s$. So the logit before its cap is a sum too, with one term for each part. This is
-# **direct logit attribution** ([Elhage et al. 2021](https://transformer-circuits.pub/2021/framework/index.html)):
+# **direct logit attribution** ([Elhage et al. 2021](https://transformer-circuits.pub/2021/framework/index.html)). The
+# sign $\odot$ multiplies two vectors number by number:
 #
 # $$z_t = \sum_{\text{parts}} \frac{\mathrm{part} \odot (1 + w)}{s} \cdot E[t]$$
 #

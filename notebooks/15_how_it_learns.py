@@ -178,7 +178,8 @@ _ = axes.set(ylabel="percent", title="part of the gradient that a cap takes away
 #
 # $$w \leftarrow w - \eta \, \frac{\partial L}{\partial w}, \qquad L_{\mathrm{new}} \approx L - \eta \, |\nabla L|^2$$
 #
-# The second formula follows from the slopes alone, as if the loss were a straight line.
+# Here $\nabla L$ is the gradient of all weights, and $|\nabla L|$ its length. The second formula follows from the
+# slopes alone, as if the loss were a straight line.
 
 # %%
 old = named_weights(tiny.weights, config)
