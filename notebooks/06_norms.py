@@ -89,7 +89,7 @@ _ = axes.legend()
 #
 # Most models multiply by $w$, which starts at 1. Gemma multiplies by $1 + w$, and $w$ starts at 0. In training, each
 # step pulls the weights a little towards 0 (*weight decay*). With Gemma's formula, a weight of 0 means a factor of 1,
-# so this pull does not make the vectors smaller.
+# so this pull leads to a factor of 1, not of 0.
 # In a port that multiplies by $w$, all norms are wrong.
 
 # %%
