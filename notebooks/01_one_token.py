@@ -75,18 +75,25 @@ list(zip(ids, tokens, strict=True))
 # The model is a **neural network**, a long chain of matrix products with simple curved functions between them. A neural
 # network computes with vectors, not with ids. So each token id selects one row of a table $E$. The table has one row
 # per token and `hidden` columns (234 here, 3584 in the 9B). This lookup is called the **embedding**. Gemma multiplies
-# the rows by a constant, because they are short compared with the vectors that the blocks add (notebook 6 shows it):
+# the rows by a constant:
 #
 # $$h_0 = \sqrt{\mathrm{hidden}} \; E[\mathrm{id}]$$
+#
+# Why by $\sqrt{\mathrm{hidden}}$, here 15.3? The rows of this text have lengths of about 0.7. Such a length is spread
+# over 234 numbers, so a typical number has the size $0.7/\sqrt{234} = 0.04$. But the first block adds numbers of a
+# typical size of 1.2, which would hide the token. The factor brings the row's numbers to a size of about 0.7 (notebook
+# 6 leaves the factor out).
 #
 # The vector $h$ is called the **residual stream**: every later part of the model reads it and adds something to it.
 
 # %%
 hidden = config.hidden_size
-h0 = weights.embed_tokens[ids] * np.float32(np.sqrt(hidden))
+rows = weights.embed_tokens[ids]
+h0 = rows * np.float32(np.sqrt(hidden))
 
 assert weights.embed_tokens.shape == (config.vocab_size, hidden)
 assert h0.shape == (seq, hidden)
+print("lengths of the rows:", np.linalg.norm(rows, axis=1).round(2))
 h0[-1, :5]
 
 # %% [markdown]
@@ -125,10 +132,9 @@ list(vars(block))
 # %% [markdown]
 # Every block adds to the stream, and here the additions do not cancel out: the stream grows. The picture shows the size
 # of the numbers in the stream, the **root mean square** (RMS) $\sqrt{\mathrm{mean}(h^2)}$, before the first block (0
-# blocks done) and after each block. Each line is a token; the line of the last token is coloured, the others are grey. A
-# norm divides a vector by its
-# root mean square, so its result has the RMS 1, and then multiplies each column by a trained factor $1 + w$ (notebook
-# 6). It is therefore called *RMSNorm*.
+# blocks done) and after each block. Each line is a token; the line of the last token is coloured, the others are grey.
+# A norm divides a vector by its root mean square, so its result has the RMS 1, and then multiplies each column by a
+# trained factor $1 + w$ (notebook 6). It is therefore called *RMSNorm*.
 
 # %%
 _ = viz.residual_norms(run, tokens)

@@ -80,7 +80,7 @@ assert all(slope.shape == x.shape for slope in slopes.values())
 axes = viz.new_axes(6.4, 3)
 for (name, slope), style in zip(slopes.items(), ("-", "--"), strict=True):
     axes.plot(x, slope, style, label=name)
-axes.set(xlabel="before the cap", ylabel="slope", title="remaining gradient")
+axes.set(xlabel="before the cap", ylabel="slope", title="slope of the two limits")
 _ = axes.legend()
 
 # %% [markdown]
@@ -99,15 +99,16 @@ after = np.concatenate([layer.attention.capped.ravel() for layer in run.layers])
 assert before.shape == after.shape == (6 * 6 * len(ids) ** 2,)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 left.hist(before, bins=60, log=True)
-left.set(xlabel="score before the cap", ylabel="how many")
-left.set_title("most scores are small")
+left.set(xlabel="score before the cap", ylabel="number of scores")
+left.set_title("most scores are small (logarithmic scale)")
 right.plot(before, before - after, ".", markersize=2)
-right.set(xlabel="score before the cap", ylabel="reduction")
+right.set(xlabel="score before the cap", ylabel="before − after")
 _ = right.set_title("reduction by the cap")
 
 # %% [markdown]
-# Which head has the large scores? The next picture shows the head with the largest score of all, the sink of
-# notebook 2. Orange dots show how much the cap subtracts, for each query and each key that it may see.
+# Which head has the large scores? The next picture shows the head with the largest score of all. It is the sink of
+# notebook 2, a head that looks mostly at `<bos>`. Orange dots show how much the cap subtracts, for each query and each
+# key that it may see.
 
 # %%
 scores = np.stack([layer.attention.scores[0] for layer in run.layers])

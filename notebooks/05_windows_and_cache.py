@@ -87,7 +87,9 @@ figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
 for count, axes in enumerate(panels, start=1):
     known = reach([window] * count)
     assert known.shape == (20, 20)
-    viz.mask_picture(known, places, places, f"{count} sliding layers", axes=axes)
+    title = f"{count} sliding layer{'s' * (count > 1)}"
+    viz.mask_picture(known, places, places, title, axes=axes)
+    axes.set(xlabel="place of the input", ylabel="place of the output")
 
 # %% [markdown]
 # ## One token at a time
@@ -155,7 +157,7 @@ assert apart.shape == (len(ids),)
 axes = viz.new_axes(7, 2.8)
 axes.plot(apart)
 axes.axvline(63, linestyle="--", color="grey", label="64th token")
-axes.set(xlabel="place", ylabel="largest difference")
+axes.set(xlabel="place", ylabel="largest difference of a logit")
 axes.set_title("logits with a window one too short")
 _ = axes.legend()
 
@@ -172,7 +174,8 @@ _ = axes.legend()
 #
 # For each kept token, each layer and each key/value head, the cache holds a key and a value (the first 2 in the
 # formula). Each of them has `head_dim` numbers of 2 bytes (the second 2). Gemma's numbers of 2 bytes are called
-# bfloat16 (notebook 7). The configurations of the released models are in the package, as *presets*.
+# bfloat16 (notebook 7). The picture uses the unit GiB, which is $2^{30}$ bytes. The configurations of the released
+# models are in the package, as *presets*.
 #
 # $$\text{bytes} = 2 \cdot 2 \cdot \mathrm{kv\_heads} \cdot \mathrm{head\_dim} \cdot \sum_{\text{layers}} \text{tokens
 # kept}$$

@@ -88,7 +88,8 @@ _ = axes.legend()
 # ## The unit offset
 #
 # Most models multiply by $w$, which starts at 1. Gemma multiplies by $1 + w$, and $w$ starts at 0. In training, each
-# step pulls the weights a little towards 0 (*weight decay*). With Gemma's formula, a weight of 0 means a factor of 1.
+# step pulls the weights a little towards 0 (*weight decay*). With Gemma's formula, a weight of 0 means a factor of 1,
+# so this pull leads to a factor of 1, not of 0.
 # In a port that multiplies by $w$, all norms are wrong.
 
 # %%
@@ -157,10 +158,12 @@ assert raw.shape == factors.shape == (config.num_hidden_layers, config.hidden_si
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
 left.plot(np.abs(raw[1]))
 left.annotate(f"column {column}", (column, np.abs(raw[1, column])), (column + 12, 10))
-left.set(xlabel="column", title="block 1: sizes after attention, before the norm")
+left.set(xlabel="column", ylabel="size of the number")
+left.set_title("block 1: after attention, before the norm")
 right.plot(factors[1])
 right.annotate(f"column {column}", (column, factors[1, column]), (column + 12, 0.12))
-right.set(xlabel="column", title="block 1: the factors 1 + w of norm 2", ylim=(0, 1.1))
+right.set(xlabel="column", ylabel="factor 1 + w", ylim=(0, 1.1))
+right.set_title("block 1: the factors of norm 2")
 for number, b in enumerate(run.layers):
     largest = np.abs(b.attention.out[0]).argmax(axis=-1)
     print(f"block {number}: the largest number of each token is in column", *largest)

@@ -268,8 +268,8 @@ exercises.check_round_to_bf16(round_to_bf16)
 
 
 # %% [markdown]
-# `embed` of notebook 1, in bfloat16. PyTorch stores the factor $\sqrt{\mathrm{hidden}}$ in the precision of the table.
-# So the factor is rounded to bfloat16 first, and the product is rounded again.
+# Write `embed` of notebook 1 for bfloat16. PyTorch stores the factor $\sqrt{\mathrm{hidden}}$ in the precision of the
+# table. So the factor is rounded to bfloat16 first, and the product is rounded again.
 
 
 # %%

@@ -78,11 +78,11 @@ for axes, temperature in zip(panels, (0.5, 1.0, 2.0), strict=True):
 #
 # ## Cutting off the tail
 #
-# There are 2048 tokens (256000 in the released models). Most of them are very unlikely, but there are so many that
-# one of them is sometimes drawn and spoils the text. Two methods prevent this. **top-k** draws only from the $k$ most
-# likely tokens. **top-p** draws from the smallest set of most likely tokens whose total probability is at least $p$:
-# few tokens if the model is sure, many if it is not. Both methods give all other tokens the score minus infinity,
-# whose exponential is 0.
+# There are 2048 tokens (256000 in the released models). Most of them are very unlikely. They are called the *tail*.
+# There are so many of them that one is sometimes drawn and spoils the text. Two methods prevent this. **top-k** draws
+# only from the $k$ most likely tokens. **top-p** draws from the smallest set of most likely tokens whose total
+# probability is at least $p$: few tokens if the model is sure, many if it is not. Both methods give all other tokens
+# the score minus infinity, whose exponential is 0.
 
 # %%
 p = np.sort(viz.probabilities(logits[0, 0]))[::-1]
@@ -96,7 +96,7 @@ axes.axvline(40, linestyle="--", color="tab:orange", label="top-k 40")
 label = f"top-p 0.9: {kept_p} tokens"
 axes.axvline(kept_p, linestyle="--", color="tab:green", label=label)
 axes.set(xlabel="tokens, the most likely first", ylabel="total probability")
-axes.set_title("how much the tail holds")
+axes.set_title("total probability of the most likely tokens")
 _ = axes.legend()
 
 # %%

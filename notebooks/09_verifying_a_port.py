@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 9. Verifying a port: find the bug from a trace
 #
-# A **port** is a reimplementation of a model in another program or for another machine. Most ports have had a bug that
+# A **port** is a reimplementation of a model in another program or for another machine. Many ports have had a bug that
 # did not crash the program, but made the text a little worse. This notebook finds such bugs by comparing tensors. You
 # need the *trace* and the parts of a block (notebook 1), the window (notebook 5) and *rounding* (notebook 7).
 #
@@ -156,8 +156,8 @@ for window in windows:
     distances.append(judge.strict_distance(candidate, right, allowed, "float32"))
 axes = viz.new_axes(6, 3)
 axes.bar(windows, distances, log=True)
-axes.axhline(1, linestyle="--", color="tab:red", label="tolerance")
-axes.set(xlabel="window", ylabel="distance", ylim=(0.01, 1e10))
+axes.axhline(1, linestyle="--", color="tab:red", label="limit")
+axes.set(xlabel="window", ylabel="distance / tolerance", ylim=(0.01, 1e10))
 axes.set_title("attention of layer 0, by window")
 _ = axes.legend()
 

@@ -98,7 +98,7 @@ _ = axes.legend()
 # Floating-point operations are called **FLOPs**. (The embedding is only a lookup, but the head is a product with the
 # same table.)
 #
-# $$\text{FLOPs a token} \approx 2 \cdot \text{parameters} + 4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim} \cdot
+# $$\text{FLOPs per token} \approx 2 \cdot \text{parameters} + 4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim} \cdot
 # \sum_{\text{layers}} \text{keys seen}$$
 
 
@@ -120,8 +120,8 @@ for name, config in sizes.items():
     shares = looking / (2 * total[name] + looking)
     assert shares.shape == places.shape
     axes.plot(places, 100 * shares, label=name)
-axes.set(xlabel="place of the token", ylabel="percent")
-axes.set_title("attention's part of the work")
+axes.set(xlabel="place of the token", ylabel="percent of the operations")
+axes.set_title("products with visible keys and values")
 _ = axes.legend()
 
 
@@ -134,7 +134,8 @@ _ = axes.legend()
 #
 # ## Memory
 #
-# A parameter takes two bytes in bfloat16 and four in float32. Each text also needs the cache of notebook 5.
+# A parameter takes two bytes in bfloat16 and four in float32. (A GiB is $2^{30}$ bytes, a GB is $10^9$ bytes.) Each
+# text also needs the cache of notebook 5.
 
 
 # %%
@@ -157,7 +158,7 @@ for name, config in sizes.items():
 # limit, long before the speed of arithmetic. (Large models usually run on a *GPU*, a graphics processor with fast
 # memory.)
 #
-# $$\text{tokens a second} \le \frac{\text{bytes a second}}{\text{bytes of weights}}$$
+# $$\text{tokens per second} \le \frac{\text{bytes per second}}{\text{bytes of weights}}$$
 
 # %%
 speeds = {"a solid-state disk": 3e9, "memory of a laptop": 60e9}
@@ -170,7 +171,7 @@ axes = viz.new_axes(6.4, 3)
 for row, label in enumerate(speeds):
     label = f"{label}: {speeds[label] / 1e9:g} GB/s"
     axes.semilogy(list(sizes), rates[row], "o-", label=label)
-axes.set(xlabel="model", ylabel="tokens a second", ylim=(0.02, 1e5))
+axes.set(xlabel="model", ylabel="tokens per second", ylim=(0.02, 1e5))
 axes.set_title("at most, one text at a time (round figures)")
 _ = axes.legend(loc="upper right")
 

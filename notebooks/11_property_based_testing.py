@@ -222,8 +222,9 @@ test_reading_in_pieces_is_reading()
 #
 # ## A picture of causality
 #
-# The next cell changes one token after the other, and draws how much each answer changes. All changes must be on or
-# below the diagonal.
+# The next cell changes one token after the other, and draws how much each answer changes: half the sum of the
+# differences of all probabilities. It is 0 if the answer is the same, and 1 if the two answers have no token in common.
+# All changes must be on or below the diagonal.
 
 # %%
 ids = tiny.tokenizer.encode("There was once a king who had a daughter")
@@ -233,13 +234,12 @@ moved = np.zeros((seq, seq))
 for place in range(seq):
     changed = [*ids[:place], 999, *ids[place + 1 :]]
     answers = viz.probabilities(refgemma.forward([changed], weights, config).logits[0])
-    # 0: the same, 1: nothing in common.
     moved[:, place] = np.abs(answers - base).sum(axis=-1) / 2
 
 assert moved.shape == (seq, seq)
 axes = viz.new_axes(6.4, 4.4)
 image = axes.imshow(moved, cmap="Blues", vmin=0, vmax=1)
-axes.figure.colorbar(image, ax=axes, label="how much the answer moved")
+axes.figure.colorbar(image, ax=axes, label="change of the answer")
 viz.label_tokens(axes, tokens, tokens)
 axes.set(xlabel="token that was changed", ylabel="answer after this token")
 _ = axes.set_title("influence")

@@ -173,7 +173,8 @@ tiny.tokenizer.decode(ids_of_snow, skip_special_tokens=True)
 #
 # The ids of the tiny model's pieces are in the order of its merges, after the special tokens and the 256 bytes. The
 # first pieces are the most frequent pairs of the eleven books. If tokens are ranked by how often they occur, their
-# counts often fall like the inverse of the rank $r$. This is called Zipf's law:
+# counts often fall roughly like the inverse of the rank $r$. This is called Zipf's law. In this tale, the counts are
+# above the law: the token at rank 100 occurs 4 times, and the law gives 1.2.
 #
 # $$\mathrm{count}(r) \approx \mathrm{count}(1) / r$$
 

@@ -35,6 +35,9 @@
 # | head | its own table | tied | tied | tied |
 # | rotary base | 500,000 | 10,000 | 10,000 | 10,000 sliding, 1,000,000 full |
 #
+# QK-norm is explained below. SiLU is a curve similar to GELU, $x / (1 + e^{-x})$. The rotary base is $\theta$ of
+# notebook 3.
+#
 # Sources: the reports on [Llama 3](https://arxiv.org/abs/2407.21783), [Gemma 1](https://arxiv.org/abs/2403.08295),
 # [Gemma 2](https://arxiv.org/abs/2408.00118) and [Gemma 3](https://arxiv.org/abs/2503.19786), and the released
 # configurations.
@@ -146,7 +149,8 @@ for factor in factors:
 axes = viz.new_axes(6.4, 3)
 for name, shares in best.items():
     axes.semilogx(factors, shares, "o-", label=name)
-axes.set(xlabel="queries times", ylabel="share", title="attention on the best key")
+axes.set(xlabel="factor of the queries", ylabel="mean share")
+axes.set_title("attention on the best key")
 _ = axes.legend()
 
 # %% [markdown]
@@ -176,7 +180,9 @@ for window in windows:
 assert np.shape(curve) == (9,)
 
 axes = viz.new_axes(6.4, 3)
-axes.loglog(windows, curve, "o-")
+axes.semilogx(windows, curve, "o-")
+axes.set_xticks(windows, windows)
+axes.minorticks_off()
 axes.axvline(64, linestyle=":", color="grey", label="trained")
 axes.set(xlabel="window", ylabel="perplexity", title="another window after training")
 _ = axes.legend()
@@ -253,6 +259,8 @@ assert np.shape(curve) == (8,)
 
 axes = viz.new_axes(6.4, 3)
 axes.semilogx(scalars, curve, "o-")
+axes.set_xticks(scalars, scalars)
+axes.minorticks_off()
 for value, name in ((39, "hidden / heads = 39"), (32, "head_dim = 32")):
     axes.axvline(value, linestyle=":", color="grey")
     axes.text(value, 18 if value == 39 else 18.6, " " + name)
@@ -334,7 +342,8 @@ measure("factor w in place of 1 + w", change_norms(lambda w: w - 1))
 # ## The other parts
 #
 # GELU, its gate, and the embedding scale are older than Gemma 2. A gate multiplies the feed-forward layer's numbers by
-# other numbers ([Shazeer 2020](https://arxiv.org/abs/2002.05202)):
+# other numbers ([Shazeer 2020](https://arxiv.org/abs/2002.05202)). The sign $\odot$ multiplies two vectors number by
+# number:
 #
 # $$\mathrm{feedforward}(x) = W_{down} \, \big(\mathrm{gelu}(W_{gate}\, x) \odot W_{up}\, x\big)$$
 

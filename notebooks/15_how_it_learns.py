@@ -81,7 +81,7 @@ axes = viz.new_axes(6.4, 3)
 axes.bar(np.arange(8) - 0.2, measured, width=0.4, label="measured")
 axes.bar(np.arange(8) + 0.2, grad_x[best], width=0.4, label="chain rule")
 names = tiny.tokenizer.convert_ids_to_tokens(best.tolist())
-axes.set_xticks(range(8), [viz.show_blanks(name) for name in names])
+axes.set_xticks(range(8), [viz.show_blanks(name) for name in names], rotation=30)
 axes.set(xlabel="token", ylabel="slope of the loss", title="eight logits")
 _ = axes.legend()
 
@@ -90,7 +90,8 @@ _ = axes.legend()
 #
 # <details><summary>Answer</summary>
 # The label's, <code>There</code>: the loss falls if its logit rises. All other logits should fall, and the more likely
-# a wrong token is, the more. The model expected a quotation mark.
+# a wrong token is, the more. The model expected a quotation mark. (<code>&lt;start_of_turn&gt;</code> begins a chat. A
+# part of the training texts had this form.)
 # </details>
 #
 # Write this step for any gradient `grad` of the result: multiply `grad` by the slope of the cap at `x`.
@@ -121,7 +122,8 @@ exercises.check_soft_cap_backward(soft_cap_backward)
 #
 # `refgemma.backward` has such a function for each operation of the model, and calls them in reverse order. It returns
 # the gradient of each weight and of each tensor on the way, under the tensor's name. The next picture shows how large
-# the gradient of the residual stream is. Each row is a depth; the way back goes from the top to the bottom.
+# the gradient of the residual stream is. Each row is a depth; the way back goes from the top to the bottom. (The ids
+# are given twice, because the labels are the same text. The label of a place is the token after it.)
 
 # %%
 loss, grads = compute_all_gradients(ids, ids, tiny.weights, config)
@@ -133,12 +135,13 @@ axes = viz.new_axes(8, 3.4)
 image = axes.imshow(sizes * 1000, origin="lower", aspect="auto")
 viz.label_tokens(axes, tiny.tokenizer.convert_ids_to_tokens(ids[0].tolist()))
 axes.figure.colorbar(image, label="root mean square, in thousandths")
-axes.set_yticks(range(len(sizes)))
+axes.set_yticks(range(len(sizes)), range(len(sizes)))
 _ = axes.set(ylabel="blocks done", title=f"gradient of the stream, loss {loss:.2f}")
 
 # %% [markdown]
 # A sum passes its gradient to both terms unchanged. So the residual stream carries the gradient back to the embedding,
-# and every block adds to it. At the top, the last token has no gradient: no label follows it.
+# and every block adds to it. At every depth, the last token has no gradient: no label follows it, and no earlier token
+# sees it.
 #
 # The gradient passes seven caps: one for the scores in each block, and one for the logits. How much of the gradient
 # remains after each cap?
@@ -175,7 +178,8 @@ _ = axes.set(ylabel="percent", title="part of the gradient that a cap takes away
 #
 # $$w \leftarrow w - \eta \, \frac{\partial L}{\partial w}, \qquad L_{\mathrm{new}} \approx L - \eta \, |\nabla L|^2$$
 #
-# The second formula follows from the slopes alone, as if the loss were a straight line.
+# Here $\nabla L$ is the gradient of all weights, and $|\nabla L|$ its length. The second formula follows from the
+# slopes alone, as if the loss were a straight line.
 
 # %%
 old = named_weights(tiny.weights, config)

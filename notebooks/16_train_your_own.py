@@ -73,8 +73,10 @@ _ = axes.set_title(f"before: {len(rows)} rows, {len(held_out)} held out")
 # $$w \leftarrow w - \eta\, \frac{m}{\sqrt{v} + \epsilon}, \qquad m \leftarrow \beta_1 m + (1 - \beta_1)\, g, \qquad
 # v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2$$
 #
-# ($m$ and $v$ are also divided by $1 - \beta^t$, because they begin at 0.) In the first step, $m / \sqrt{v}$ is
-# $g / |g|$. So the first step has the length $\eta$ for every number, however large its gradient is.
+# ($m$ and $v$ are also divided by $1 - \beta^t$, because they begin at 0. The W stands for weight decay, notebook 6. It
+# is 0 here.) In the first step, $m / \sqrt{v}$ is
+# $g / |g|$. So the first step has the length $\eta$ for every number, however large its gradient is. Only a gradient so
+# small that $\epsilon$ counts gives a shorter step.
 
 # %%
 base = {name: w[:] for name, w in named_weights(tiny.weights, config).items()}
@@ -88,7 +90,7 @@ assert moved.shape == (sum(x.size for x in base.values()),)
 
 axes = viz.new_axes(6.4, 2.6)
 axes.hist(1000 * moved, bins=60, log=True)
-axes.set(xlabel="change, in thousandths", ylabel="numbers")
+axes.set(xlabel="change, in thousandths", ylabel="number of weights")
 _ = axes.set_title("one step of AdamW, rate 0.001")
 
 # %% [markdown]
@@ -162,7 +164,8 @@ _ = axes.set(xlabel="percent", title="change of the weights, mean of all blocks"
 
 # %% [markdown]
 # Has the model forgotten the tales? A model that is trained on one kind of text forgets other kinds. So released models
-# are often tuned with small adapters, such as LoRA, or on a mixture with old texts.
+# are often tuned with small adapters, such as LoRA, which leave the old weights as they are, or on a mixture with
+# old texts.
 
 # %%
 after = {"a tale": mean_loss(tale, trained, config), "held out": tested[-1][1]}
@@ -172,8 +175,8 @@ axes = viz.new_axes(5, 2.6)
 for place, (name, losses) in enumerate(zip(("before", "after"), shown, strict=True)):
     axes.bar(np.arange(2) + 0.4 * place - 0.2, losses, width=0.4, label=name)
 axes.set_xticks(range(2), ["a tale", "the play, held out"])
-axes.set(ylabel="loss in nats")
-_ = axes.legend(loc="lower center")
+axes.set(ylabel="loss in nats", ylim=(0, 8))
+_ = axes.legend(loc="upper center", ncols=2)
 
 # %% [markdown]
 # ## The gradient of a norm
@@ -204,6 +207,7 @@ for axes, arrows, title in (
     axes.quiver(*x.T, *arrows.T, scale=14, color="tab:red")
     axes.plot(*x.T, ".")
     axes.set(title=title, aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+    axes.set(xlabel="first number of x", ylabel="second number of x")
 
 # %% [markdown]
 # **Question.** At two points of the circle, the right arrow has the length 0. Where are these points?
@@ -217,8 +221,8 @@ for axes, arrows, title in (
 #
 # `rms_norm_backward` gets `grad`, the gradient of the result, with the shape of `x`: (texts, tokens, hidden). It
 # returns two arrays: the gradient of `x` by the formula above, and the gradient of `weight`. All tokens use the same
-# weight, so the gradient of `weight` is the sum of `grad * n` over all tokens. The check compares both with PyTorch
-# autograd.
+# weight, so the gradient of `weight` is the sum of `grad * n` over all tokens. The check compares both with
+# the gradients that PyTorch computes.
 
 
 # %%

@@ -372,6 +372,7 @@ const answers = {
       differs: differ(trace.get("logits").data, right.trace.get("logits").data),
       best: [model.pieces[best], rightShares[best]],
       next: order.map((id) => [model.pieces[id], shares[id], rightShares[id]]),
+      windows: layers.map((n) => (settings.sliding[n] ? settings.window : null)),
       probs: layers.map((n) => trace.get(`layers.${n}.attention.probs`).data),
       streams: [trace.get("embedded").data, ...layers.map((n) => trace.get(`layers.${n}.out`).data)].map((x) => {
         const width = x.length / ids.length;
@@ -383,6 +384,7 @@ const answers = {
     let ids = limit(encode(text, model.pieces, model.scores));
     const settings = settingsOf(bug, changes), all = [...ids];
     let step = { cache: [], length: 0 };
+    yield { text: decode(all, model.pieces), tokens: 0 };
     for (let n = 0; n < count && all.length < model.config.max_position_embeddings; n++) {
       step = forward(ids, model.weights, settings, step.cache, step.length);
       const next = choose(step.logits, temperature, draw(seed, n));

@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 import refgemma
+from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.teach.live import render_live
 from refgemma.teach.viz import probabilities
 
@@ -138,6 +139,31 @@ def in_percent(share: float) -> str:
     return f"{100 * share:.{1 if share < 0.0995 else 0}f} %"
 
 
+@pytest.mark.parametrize("bug", BUGS)
+def test_each_bug_is_described(bug: str, live: Page) -> None:
+    assert not live.is_visible("#bug-words")
+    live.select_option("#bug", bug)
+    (known,) = (known for known in KNOWN_BUGS if known.name == bug)
+    text = live.inner_text("#bug-words")
+    assert text.startswith(f"What is wrong: {known.says}.")
+    assert (f"Inputs that show it: {known.shows}." in text) == (known.shows != "any input")
+    assert text.endswith(f" Seen in {known.seen}.") == (not known.seen.startswith("unverified"))
+    for link in live.locator("#bug-words a").all():
+        name, number = link.inner_text().replace(" before", "").split("#")
+        assert (link.get_attribute("href") or "").endswith(f"/{name.strip()}/issues/{number.split()[0]}")
+
+
+@pytest.mark.parametrize(
+    ("bug", "address"),
+    [("norm-without-one", "https://github.com/linkedin/Liger-Kernel/issues/74"),
+     ("swa-layer-parity-swapped", "https://github.com/huggingface/transformers/issues/31775"),
+     ("scale-head-dim", "https://github.com/antonellof/ferrox/issues/40")],
+)  # fmt: skip
+def test_a_bug_links_to_its_source(bug: str, address: str, live: Page) -> None:
+    live.select_option("#bug", bug)
+    assert live.locator("#bug-words a").first.get_attribute("href") == address
+
+
 def test_the_right_probability_is_beside_the_wrong_one(live: Page) -> None:
     live.select_option("#bug", "norm-without-one")
     live.wait_for_selector("#next-key", state="visible")
@@ -170,6 +196,89 @@ def test_a_head_without_a_habit(live: Page) -> None:
     live.click("#heads button[aria-label='block 2, head 0']")
     assert words.startswith("On this text no single habit has 40 % of this head's attention.")
     assert f"The largest share, {in_percent(shares[block, head].max())}, is" in words
+
+
+# What the page writes on the large map if it is drawn again.
+WRITTEN = """() => { const texts = [], pen = CanvasRenderingContext2D.prototype, write = pen.fillText;
+  pen.fillText = function (text) { texts.push(text); };
+  drawLarge();
+  pen.fillText = write;
+  return texts; }"""
+AXES = ["the token that looks", "the token looked at"]
+
+
+def open_phone(browser: Browser, file: Path) -> Page:
+    page = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True)
+    page.goto(file.as_uri())
+    page.wait_for_selector("#next code")
+    return page
+
+
+def test_the_map_names_each_row_and_column_on_a_phone(browser: Browser, file: Path) -> None:
+    page = open_phone(browser, file)
+    tokens = [piece.replace("▁", "·") for piece in TINY.tokenizer.convert_ids_to_tokens(TINY.tokenizer.encode(SEA))]
+    assert page.evaluate(WRITTEN) == [*tokens, *tokens, *AXES]
+    page.close()
+
+
+def test_the_map_of_a_long_text_names_the_chosen_cell(live: Page) -> None:
+    live.fill("#text", LONG)
+    live.wait_for_function("() => shown.ids.length === 67")
+    live.evaluate("look(53, 40)")
+    texts = live.evaluate(WRITTEN)
+    tokens = live.locator("#tokens button").all_text_contents()
+    assert {tokens[53], tokens[40]} <= set(texts)
+    assert len(texts) < 67  # a name for each row and column would cover the others
+
+
+def attention(block: int, head: int, query: int, key: int) -> str:
+    run = refgemma.forward([TINY.tokenizer.encode(SEA)], TINY.weights, TINY.config)
+    return in_percent(run.layers[block].attention.probs[0, head, query, key])
+
+
+def cell_at(page: Page, query: int, key: int) -> tuple[float, float]:
+    """Return the place of a square of the large map in the window."""
+    page.locator("#large").scroll_into_view_if_needed()
+    x, y = page.evaluate(
+        """([query, key]) => { const box = document.getElementById("large").getBoundingClientRect();
+      return [box.left + map.left + (key + .5) * map.side, box.top + (query + .5) * map.side]; }""",
+        [query, key],
+    )
+    return x, y
+
+
+def test_a_cell_is_read_by_mouse_and_keyboard(live: Page) -> None:
+    live.mouse.move(*cell_at(live, 12, 11))
+    expected = f"“·castle” (token 12) gives {attention(2, 0, 12, 11)} of its attention to “·great” (token 11)."
+    assert live.inner_text("#tip") == expected
+    live.mouse.move(*cell_at(live, 11, 12))
+    assert live.inner_text("#tip") == "“·great” (token 11) cannot see “·castle” (token 12), which comes later."
+    live.mouse.move(1, 1)
+    assert not live.is_visible("#tip")
+    live.mouse.click(*cell_at(live, 12, 10))
+    live.focus("#large")
+    live.keyboard.press("ArrowRight")
+    assert live.inner_text("#cell-words").startswith(f"{expected} It looks most at: ")
+    live.keyboard.press("ArrowUp")
+    assert f"“·great” (token 11) gives {attention(2, 0, 11, 11)} of its" in live.inner_text("#cell-words")
+    assert live.inner_text("#tokens [aria-pressed=true]") == "·great"  # the residual stream is of the same token
+
+
+def test_a_cell_is_read_by_touch(browser: Browser, file: Path) -> None:
+    page = open_phone(browser, file)
+    page.touchscreen.tap(*cell_at(page, 12, 5))
+    expected = f"“·castle” (token 12) gives {attention(2, 0, 12, 5)} of its attention to “·little” (token 5)."
+    assert page.inner_text("#cell-words").startswith(expected)
+    page.close()
+
+
+def test_a_cell_outside_the_window(live: Page) -> None:
+    live.fill("#window", "4")
+    live.wait_for_function("() => shown.windows[2] === 4")
+    live.evaluate("look(12, 8)")
+    assert "(token 8): it is outside the window of 4 tokens." in live.inner_text("#cell-words")
+    live.evaluate("look(12, 9)")
+    assert "of its attention to “·in” (token 9)." in live.inner_text("#cell-words")
 
 
 def test_every_control_is_explained(live: Page) -> None:
@@ -216,12 +325,92 @@ def test_the_story_is_that_of_refgemma_and_quick(live: Page) -> None:
     assert np.median(milliseconds) < 60
 
 
+def change(page: Page, control: str, value: str) -> tuple[list[str], str]:
+    """Change a control; return the stories that are marked at once, and the words above the stories."""
+    marked, words = page.evaluate(
+        """([control, value]) => {
+          document.getElementById(control).value = value;
+          document.getElementById(control).dispatchEvent(new Event("input"));
+          return [[...document.querySelectorAll(".story.old")].map(story => story.id),
+            document.getElementById("story-words").textContent]; }""",
+        [control, value],
+    )
+    return marked, words
+
+
+def finish_stories(page: Page) -> list[str]:
+    """Wait until both stories are those of the settings, and return them."""
+    page.wait_for_function("""() => document.getElementById("story-words").textContent.startsWith("Written at")
+      && document.getElementById("story-words").textContent.includes(
+        `temperature ${Number(document.getElementById("temperature").value).toFixed(1)}`)
+      && !document.querySelector(".story.old")""")
+    return [page.inner_text(f"#{name}") for name in ("right", "wrong")]
+
+
+def test_a_story_is_written_again_after_a_change(live: Page) -> None:
+    live.fill("#text", "There was once a king")
+    live.fill("#temperature", "0.7")
+    live.click("#continue")
+    first, second = finish_stories(live)
+    assert first == second
+
+    marked, words = change(live, "bug", "norm-without-one")
+    assert marked == ["wrong"]
+    assert words.startswith("A story in italics is of the earlier settings.")
+    right, wrong = finish_stories(live)
+    assert right == first  # the right model has no bug
+    assert wrong != first
+    assert live.inner_text("#story-words").endswith(
+        "Changed in the model as set above: norms multiply by w, not 1 + w."
+    )
+
+    live.select_option("#bug", "")
+    assert change(live, "temperature", "0")[0] == ["right", "wrong"]
+    ids = TINY.tokenizer.encode("There was once a king")
+    new = list(refgemma.generate(ids, TINY.weights, TINY.config, max_new_tokens=60))
+    greedy = TINY.tokenizer.decode([*ids, *new], skip_special_tokens=True)
+    assert finish_stories(live) == [greedy, greedy]
+
+    live.fill("#temperature", "0.7")
+    assert finish_stories(live) == [first, second]  # the random numbers are the same
+
+
+def test_a_change_marks_a_story_that_is_being_written(live: Page) -> None:
+    live.click("#continue")
+    live.wait_for_function("() => /Writing/.test(document.getElementById('story-words').textContent)")
+    # Without the new question, the earlier question's answers arrive; they must not remove the mark.
+    live.evaluate("usual = setTimeout; window.setTimeout = () => 0")
+    assert change(live, "temperature", "1.2")[0] == ["right", "wrong"]
+    live.wait_for_timeout(500)
+    assert live.locator(".story.old").count() == 2
+    live.evaluate("window.setTimeout = usual; tell()")
+    first = finish_stories(live)
+    live.fill("#temperature", "0.7")
+    live.fill("#temperature", "1.2")  # back within the pause
+    assert finish_stories(live) == first
+
+
+def test_a_story_of_another_text_does_not_stay(live: Page) -> None:
+    live.click("#continue")
+    finish_stories(live)
+    assert change(live, "text", "A king")[0] == ["right", "wrong"]
+    assert all(story.startswith("A king") for story in finish_stories(live))
+
+
+def test_a_text_without_room_for_a_story_replaces_the_story(live: Page) -> None:
+    live.click("#continue")
+    finish_stories(live)
+    live.fill("#text", " ".join([SEA] * 20))  # 320 tokens are the model's limit
+    assert all(story.startswith(f"{SEA} {SEA}") for story in finish_stories(live))
+
+
 def test_a_bug_changes_the_story(live: Page) -> None:
     live.select_option("#bug", "norm-without-one")
     live.click("#continue")
-    live.wait_for_function("() => document.getElementById('wrong').textContent.length > 120")
-    live.wait_for_function("() => document.getElementById('right').textContent.length > 120")
-    assert live.inner_text("#right") != live.inner_text("#wrong")
+    right, wrong = finish_stories(live)
+    assert len(right) > 120
+    assert len(wrong) > 120
+    assert right != wrong
     assert "norms multiply by w" in live.inner_text("#status")
 
 
