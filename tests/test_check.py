@@ -21,7 +21,7 @@ from refgemma.model import forward
 from refgemma.oracle import check
 from refgemma.oracle import tolerance as tol
 from refgemma.oracle.diagnose import Report, diagnose
-from refgemma.oracle.known_bugs import KNOWN_BUGS
+from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, in_fewer_places
 from refgemma.oracle.tolerance import with_storage
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, GOOD
 from refgemma.precision import as_dtype
@@ -96,6 +96,24 @@ def test_a_difference_is_named(wrong: Mapping[str, Any], tensor: str, named: str
         assert estimate.fits
         assert estimate.value == pytest.approx(float(value), rel=3e-3)
     assert len({f.field for f in report.findings}) == 1 or tensor == "cos"  # what follows from it is not accused
+
+
+def test_no_bug_is_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug of one field is not tried in that field and all layers again; a bug of several fields is tried in each."""
+    tried: list[str] = []
+
+    def noted(bug: KnownBug, field: str, layers: tuple[int, ...] = ()) -> KnownBug:
+        tried.append(f"{field}: {bug.name} {layers}")
+        return in_fewer_places(bug, field, layers)
+
+    monkeypatch.setattr("refgemma.oracle.diagnose.in_fewer_places", noted)
+    assert checked("bends-forward-f32", tmp_path, attn_logit_softcapping=4.0).first_wrong == "layers.0.attention.capped"
+    alone = {bug.name for bug in KNOWN_BUGS if bug.fields == ("attention.capped",)}
+    assert alone
+    assert not [one for one in tried if one.split()[1] in alone]
+    checked("bends-forward-f32", tmp_path, query_pre_attn_scalar=13)
+    assert "attention.scores: gqa-tile ()" in tried
+    assert len(tried) == len(set(tried))
 
 
 def test_one_wrong_element_is_seen(tmp_path: Path) -> None:

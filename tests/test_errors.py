@@ -18,8 +18,8 @@ OTHERS = {
     "Interrupted": "a signal, as KeyboardInterrupt is; the command ends with its number",
     "LawBroken": "the answer of a law that does not hold: an assertion, as pytest expects",
     "NotApplicable": "ends a law that a backend cannot be asked; the plugin makes a skip of it",
-    "OutOfTime": "ends a law whose time is used; the report counts its examples",
     "Refused": "ends a law if the backend refuses every model; the report counts it",
+    "SearchEnded": "ends a law whose time is used, or whose models are all refused; the report counts its examples",
     "Unsupported": "a backend's own answer to an example; the search goes on with the next one",
 }
 

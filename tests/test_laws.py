@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from refgemma.config import Gemma2Config
 from refgemma.testing.backends import NumpyBackend
-from refgemma.testing.laws import FILE_ROUNDOFF, Bench
+from refgemma.testing.interface import Unsupported
+from refgemma.testing.laws import FILE_ROUNDOFF, PROFILES, REFUSALS_IN_A_ROW, Bench, Law, Refused, Search
 from refgemma.testing.properties import LAWS, NORM
 from refgemma.testing.strategies import Scene
 
@@ -57,3 +59,33 @@ def test_scores_that_overflow_float16_break_no_law() -> None:
         num_key_value_heads=1, head_dim=4, sliding_window=2, query_pre_attn_scalar=3, attn_logit_softcapping=None,
     )  # fmt: skip
     LAWS["attention_weights_sum_to_one"](NumpyBackend(), scene=Scene(config, ((0, 0),), "huge norms", 0))
+
+
+def search_refusing(accepted: range) -> Search:
+    """Search for an example with a law that accepts only some examples, by their number; it draws no models."""
+    seen: list[int] = []
+
+    def check(bench: Bench, **example: int) -> None:
+        seen.append(1)
+        if len(seen) - 1 not in accepted:
+            raise Unsupported("not this one")
+
+    return Search(Law("any", "any", check, st.fixed_dictionaries({"n": st.integers()}), ()), NumpyBackend())
+
+
+@pytest.mark.parametrize("profile", ["dev", "ci", "deep"])
+def test_a_search_ends_if_every_example_is_refused(profile: str) -> None:
+    search = search_refusing(range(0))
+    with pytest.raises(Refused, match="not this one"):
+        search.run(PROFILES[profile])
+    assert sum(search.refused.values()) == REFUSALS_IN_A_ROW == 90
+
+
+def test_a_search_goes_on_if_an_example_was_accepted() -> None:
+    search = search_refusing(range(REFUSALS_IN_A_ROW - 1, REFUSALS_IN_A_ROW + 100))
+    search.run(PROFILES["dev"])
+    assert search.checked == PROFILES["dev"].max_examples
+    search = search_refusing(range(1))
+    search.run(PROFILES["dev"])
+    assert search.checked == 1
+    assert sum(search.refused.values()) > REFUSALS_IN_A_ROW

@@ -332,7 +332,8 @@ class Diagnosis:
         if all(self.engine.is_direct(name) for name in names):
             recorded = {layer_of(name) for name in self.engine.recorded if field_of(name) == kind} - {None}
             some = tuple(sorted(layer for layer in layers if layer is not None)) if layers != recorded else ()
-            tried = [in_fewer_places(v, kind, some) for v in mistakes if kind in v.fields]
+            # A bug of this field alone, in all layers, was tried before.
+            tried = [in_fewer_places(v, kind, some) for v in mistakes if kind in v.fields and (some or v.fields[1:])]
         else:
             several = [v for v in mistakes if len(v.fields) > 1 and set(v.fields) <= APART]
             steps = {field_of(step) for name in names for step in self.usual.span(name)}

@@ -51,6 +51,10 @@ FILE_ROUNDOFF = ROUNDOFF["float32"]
 # The relative change of the weights in the measurement: far above float32's rounding, far below 1.
 PROBE = 2.0**-14
 
+# A search ends after this number of refusals if no example was accepted. If the backend accepted one model in twenty, this
+# would happen in 1 of 100 searches. Hypothesis ends a search in the same way, but for one in a hundred: after 459.
+REFUSALS_IN_A_ROW = math.ceil(math.log(0.01) / math.log(1 - 1 / 20))
+
 # The number of examples per law. There is no deadline, because a first call may compile.
 PROFILES: Mapping[str, settings] = {
     "dev": settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck)),
@@ -68,7 +72,7 @@ class Refused(NotApplicable):
     """Raised if the backend refused every model that a law or a recording asked it to load."""
 
 
-class OutOfTime(unittest.SkipTest):
+class SearchEnded(unittest.SkipTest):
     """Raised to end a search; Hypothesis draws no further example, and no simpler one, after a skipped one."""
 
 
@@ -363,13 +367,18 @@ class Search:
         return self.law.examples
 
     def check(self, bench: Bench, **example: Any) -> None:
-        """Check one example, if there is time; otherwise end the search at the next example."""
+        """Check one example; without time, or if every example was refused, end the search at the next example."""
         if self.begun and time.monotonic() > self.end:
             self.stopped = True
-            self.given_up.append(OutOfTime("the time is used"))
+            self.given_up.append(SearchEnded("the time is used"))
             return
         self.begun += 1
-        self.law.check(bench, **example)
+        try:
+            self.law.check(bench, **example)
+        except Unsupported:
+            if not self.checked and self.begun >= REFUSALS_IN_A_ROW:
+                self.given_up.append(SearchEnded("every example was refused"))
+            raise
         self.checked += 1
 
     def run(self, profile: settings) -> None:
@@ -404,7 +413,7 @@ class Search:
 
         try:
             holds()
-        except (OutOfTime, Unsatisfiable):
+        except (SearchEnded, Unsatisfiable):
             pass  # the time is used, or every example was refused
         except Exception:
             if not broken:
