@@ -97,6 +97,34 @@ def test_a_wrong_number_of_the_27b_has_its_name(change: dict[str, object], bug: 
     assert bug is None or bug in found.bugs
 
 
+def test_a_model_of_another_size_is_said_to_be_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong number that changes no shape is a mistake in a released size; a wrong width is another size."""
+    path = tmp_path / "config.json"
+
+    def report(*changes: dict[str, object], size: tuple[str, ...] = ()) -> tuple[str, dict[str, object]]:
+        values = Gemma2Config.preset("9b").to_dict()
+        for change in changes:
+            values |= change
+        path.write_text(json.dumps(values))
+        assert main(["check-config", str(path), *size]) == main(["check-config", str(path), *size, "--json"]) == 1
+        said, _, found = capsys.readouterr().out.partition("\n{")
+        return said, json.loads("{" + found)
+
+    for change in ({"hidden_size": 3000}, {"num_key_value_heads": 4}):
+        said, found = report(change)
+        assert "compared with google/gemma-2-9b\n  not a released size; closest is google/gemma-2-9b\n" in said
+        assert (found["is_released_size"], found["closest"]) == (False, "9b")
+    for more in ({"sliding_window": 4097}, {"vocab_size": 256128, "rms_norm_eps": 1e-5}):
+        said, found = report(more)
+        assert "not a released size" not in said
+        assert (found["is_released_size"], found["closest"]) == (True, "9b")
+    said, found = report(size=("--size", "2b"))  # the 9B, compared with the 2B
+    assert "not a released size" not in said
+    assert (found["size"], found["closest"], found["is_released_size"]) == ("2b", "9b", True)
+    said, found = report({"hidden_size": 3000}, size=("--size", "2b"))
+    assert "compared with google/gemma-2-2b\n  not a released size; closest is google/gemma-2-9b\n" in said
+
+
 def test_one_name_means_what_the_engine_means_by_it() -> None:
     keras, flax = match_fields(KERAS), match_fields(FLAX)
     assert keras["hidden_size"] == ("hidden_dim", 3584)

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ FIELD_NAMES = {
     "layer_types": ("layer_types", "attn_types", "attention_types", "sliding_window_indices"),
     "hidden_activation": ("hidden_activation", "gelu_approximate"),
 }  # fmt: skip
+# The fields that decide the shapes of the weights: if one of them differs, the released weights do not fit.
+SHAPE_FIELDS = tuple(FIELD_NAMES)[: tuple(FIELD_NAMES).index("head_dim") + 1]
 ACTIVATION_NAMES = {"tanh": "gelu_pytorch_tanh", "gelu_tanh": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
 PADDED_VOCABULARY = 256128  # rows of the table in DeepMind's own files; the last 128 belong to no token
 
@@ -83,6 +85,8 @@ class PresetCheck:
     numbers: tuple[Number, ...]
     missing: tuple[str, ...]  # fields that the engine's configuration does not give
     bugs: tuple[str, ...]
+    closest: str  # the release with the most equal numbers; `size` may be another one, which the user chose
+    is_released: bool  # true if the weights of a release have these shapes
 
     @property
     def verdict(self) -> str:
@@ -121,11 +125,12 @@ def check_preset(source: str, size: str | None = None) -> PresetCheck:
         )
     if size is not None and size not in PRESETS:
         raise UsageError(f"--size {size}: unknown; the released sizes are {', '.join(PRESETS)}")
-    compared = {name: compare(given, Gemma2Config.preset(name)) for name in ([size] if size else PRESETS)}
-    best = min(compared, key=lambda name: sum(number.differs for number in compared[name]))
-    numbers = compared[best]
+    compared = {name: compare(given, Gemma2Config.preset(name)) for name in PRESETS}
+    closest = min(compared, key=lambda name: sum(number.differs for number in compared[name]))
+    size = size or closest
     missing = tuple(field for field in FIELD_NAMES if field not in given)
-    return PresetCheck(source, best, numbers, missing, explain(numbers, Gemma2Config.preset(best)))
+    bugs = explain(compared[size], Gemma2Config.preset(size))
+    return PresetCheck(source, size, compared[size], missing, bugs, closest, any(map(have_its_shapes, compared.values())))
 
 
 def read_preset(source: str) -> dict[str, Any]:
@@ -229,6 +234,11 @@ def compare(given: Mapping[str, tuple[str, Any]], released: Gemma2Config) -> tup
     return tuple(numbers)
 
 
+def have_its_shapes(numbers: Iterable[Number]) -> bool:
+    """Return True if the weights of a release fit the engine's numbers."""
+    return not any(number.differs and number.field in SHAPE_FIELDS for number in numbers)
+
+
 def read_layer_types(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
     """Return an engine's layer types in Hugging Face's words; 1, ``local`` and ``sliding`` mean sliding."""
     words = [str(getattr(value, "name", value)).lower() for value in values]
@@ -262,7 +272,7 @@ def preset_json(check: PresetCheck, code: int) -> dict[str, Any]:
     ]
     return {
         "schema": "refgemma-check-config/1", "source": check.source, "size": check.size, "verdict": check.verdict,
-        "numbers": numbers, "missing": list(check.missing), "known_bugs": list(check.bugs), "exit_code": code,
+        "closest": check.closest, "is_released_size": check.is_released, "numbers": numbers, "missing": list(check.missing), "known_bugs": list(check.bugs), "exit_code": code,
     }  # fmt: skip
 
 
@@ -274,6 +284,8 @@ def lines(check: PresetCheck) -> Iterator[str]:
     """Yield the lines of the report: the verdict, the wrong numbers, the known bugs, and the missing numbers."""
     wrong = [number for number in check.numbers if number.differs]
     yield f"{check.source} {check.verdict}: {len(check.numbers)} numbers compared with google/gemma-2-{check.size}"
+    if not check.is_released:
+        yield f"  not a released size; closest is google/gemma-2-{check.closest}"
     for number in wrong:
         own = "" if number.name == number.field else f" ({number.name})"
         yield f"  {number.field}{own} is {_show_value(number.value)}; the release has {_show_value(number.released)}"

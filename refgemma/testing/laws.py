@@ -51,8 +51,8 @@ FILE_ROUNDOFF = ROUNDOFF["float32"]
 # The relative change of the weights in the measurement: far above float32's rounding, far below 1.
 PROBE = 2.0**-14
 
-# A search ends after this number of refusals if no example was accepted. If the backend accepted one model in twenty, this
-# would happen in 1 of 100 searches. Hypothesis ends a search in the same way, but for one in a hundred: after 459.
+# A search ends after this number of refusals if no example was accepted. If the backend accepted one model in twenty,
+# this would happen in 1 of 100 searches. Hypothesis ends a search in the same way, but for one in a hundred: after 459.
 REFUSALS_IN_A_ROW = math.ceil(math.log(0.01) / math.log(1 - 1 / 20))
 
 # The number of examples per law. There is no deadline, because a first call may compile.
