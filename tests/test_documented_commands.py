@@ -74,6 +74,12 @@ RUN = {
     "refgemma conformance -o small --head-dim 64": ("{}", 0),
     "refgemma conformance -o small-gguf --head-dim 64 --set query_pre_attn_scalar=64": ("{}", 0),
     "refgemma convert small-gguf --to gguf -o small.gguf": ("refgemma convert source --to gguf -o small.gguf", 0),
+    "refgemma diff A B": ("refgemma diff run.safetensors run.safetensors", 0),
+    "refgemma map FILE --map NAME": ("refgemma map run.safetensors --map transformers", 4),  # refgemma's own names
+    "refgemma prompts": ("{}", 0),
+    "refgemma conformance -o DIR": ("{}", 0),
+    "refgemma check-config config.json": ("refgemma check-config source/config.json", 1),  # no released size
+    "refgemma known-bugs [NAME]": ("refgemma known-bugs", 0),
     "refgemma info [MODEL]": ("refgemma info tiny", 0),
     "refgemma info gemma-2-2b-it-Q4_K_M.gguf": ("refgemma info model.gguf", 0),
     'refgemma generate "Why is the sky blue?" --model gemma-2-2b-it-Q4_K_M.gguf': (
@@ -92,6 +98,8 @@ RUN = {
 }  # fmt: skip
 # Commands that other tests run, or that need what a test has not: (file, a text of it).
 ELSEWHERE = {
+    "refgemma train TEXT -o DIR": ("tests/test_training_command.py", "train"),
+    "refgemma audit URL": ("tests/strangers/test_audit.py", "def audit("),
     "refgemma train book.txt -o trained": ("tests/test_training_command.py", "train"),
     'refgemma generate "Once upon a time" --model trained': ("tests/test_training_command.py", "train"),
     "refgemma train book.txt -o adapter --lora-r 8 --learning-rate 0.005": ("tests/test_training_command.py", "lora"),
@@ -237,6 +245,14 @@ def test_every_command_is_run() -> None:
 
 def test_the_tables_have_only_commands_of_the_pages() -> None:
     assert sorted({*RUN, *ELSEWHERE} - commands()) == []
+
+
+def test_the_table_has_every_command() -> None:
+    options, table = ((ROOT / "docs" / page).read_text("utf-8") for page in (
+        "reference/command-line.md", "how-to/commands.md"))  # fmt: skip
+    known = {*re.findall(r"^## refgemma ([\w-]+)$", options, re.MULTILINE)} - {"variants"}  # known-bugs, in version 0.1
+    assert len(known) > 15
+    assert {*re.findall(r"^\| `refgemma ([\w-]+)", table, re.MULTILINE)} == known
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ def check_preset(source: str, size: str | None = None) -> PresetCheck:
     size = size or closest
     missing = tuple(field for field in FIELD_NAMES if field not in given)
     bugs = explain(compared[size], Gemma2Config.preset(size))
-    return PresetCheck(source, size, compared[size], missing, bugs, closest, any(map(have_its_shapes, compared.values())))
+    is_released = any(map(have_its_shapes, compared.values()))
+    return PresetCheck(source, size, compared[size], missing, bugs, closest, is_released)
 
 
 def read_preset(source: str) -> dict[str, Any]:
@@ -272,7 +273,8 @@ def preset_json(check: PresetCheck, code: int) -> dict[str, Any]:
     ]
     return {
         "schema": "refgemma-check-config/1", "source": check.source, "size": check.size, "verdict": check.verdict,
-        "closest": check.closest, "is_released_size": check.is_released, "numbers": numbers, "missing": list(check.missing), "known_bugs": list(check.bugs), "exit_code": code,
+        "closest": check.closest, "is_released_size": check.is_released, "numbers": numbers,
+        "missing": list(check.missing), "known_bugs": list(check.bugs), "exit_code": code,
     }  # fmt: skip
 
 
