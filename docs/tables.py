@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import refgemma
 from refgemma.cli.main import parser
 from refgemma.config import Gemma2Config
+from refgemma.layers import Attention, Block, FeedForward
+from refgemma.model import Forward
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.operations import Context, double, operations
 from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
@@ -37,8 +40,20 @@ def code(text: object) -> str:
     return f"`{text}`" if str(text) else ""
 
 
+def meanings() -> dict[str, str]:
+    """Return the meaning of each name of a trace: the comment beside it in the records."""
+    records = {
+        "": Forward, "layers.N.": Block, "layers.N.attention.": Attention, "layers.N.feed_forward.": FeedForward,
+    }  # fmt: skip
+    return {
+        prefix + field: meaning
+        for prefix, record in records.items()
+        for field, meaning in re.findall(r"^    (\w+): \w+  # (.+)$", inspect.getsource(record), re.MULTILINE)
+    }
+
+
 def trace_names() -> str:
-    """Return the page of every tensor of a trace, with its axes and its inputs in the oracle's table of operations."""
+    """Return the page of every tensor of a trace: its meaning, axes, and inputs in the oracle's table of operations."""
     model = refgemma.load("conformance")
     call = Call(np.array([[2, 5]]), np.array([[0, 1]]), np.ones((1, 2), bool), (2,))
     found = operations(Context(model.config, double(model.weights), call, Arithmetic()))
@@ -49,7 +64,8 @@ def trace_names() -> str:
         last = f"layers.{model.config.num_hidden_layers - 1}."
         return ", ".join(code(source.replace(last, "layers.LAST.")) for source in named)
 
-    rows = [(code(name), axes.replace("*", "\\*"), sources(name)) for name, axes in trace_axes()]
+    meaning = meanings()
+    rows = [(code(name), meaning[name], axes.replace("*", "\\*"), sources(name)) for name, axes in trace_axes()]
     return f"""# Names of a trace
 
 {AGAIN}
@@ -60,7 +76,7 @@ Python the tensors are fields of the result of {{py:func}}`~refgemma.model.forwa
 {{py:mod}}`refgemma.shapes` defines the axes. [The forward pass](../explanation/forward.md) names the function that
 computes each tensor.
 
-{table(("name", "axes", "computed from"), rows)}
+{table(("name", "meaning", "axes", "computed from"), rows)}
 
 If the last column is empty, the tensor is computed from the token ids or their positions. `LAST` is the number of the
 last layer. In layer 0, read `embedded` for `layers.N-1.out`. A trace also contains `input_ids` with the axes batch seq,

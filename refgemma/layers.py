@@ -2,7 +2,8 @@
 (eager) on recordings of every tensor named here.
 
 Each function returns a record of all its results, in the order of computation. The records give the names of the trace:
-``run.layers[3].attention.probs`` in Python is ``layers.3.attention.probs`` in a file.
+``run.layers[3].attention.probs`` in Python is ``layers.3.attention.probs`` in a file. The comment beside each name is
+its meaning in the reference of these names.
 """
 
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ from refgemma.weights.parameters import LayerWeights
 class Attention:
     """Every step of `attention`."""
 
-    q: Heads
-    k: KVHeads
-    v: KVHeads
-    q_rot: Heads  # rotated by their positions
-    k_rot: KVHeads
-    scores: Scores  # scaled
-    capped: Scores  # soft-capped, not yet masked
-    probs: Scores
+    q: Heads  # queries
+    k: KVHeads  # keys
+    v: KVHeads  # values
+    q_rot: Heads  # queries, rotated by their positions
+    k_rot: KVHeads  # keys, rotated by their positions
+    scores: Scores  # scaled products of queries and keys
+    capped: Scores  # scores after the cap, not yet masked
+    probs: Scores  # weights of the visible values, from softmax; each row has the sum 1
     mixed: Merged  # values weighted by probs; heads are concatenated
-    out: Hidden
+    out: Hidden  # mixed values after the output projection
     present: LayerCache  # keys and values of the past and this call, for the next call; not traced
 
 
@@ -39,25 +40,25 @@ class Attention:
 class FeedForward:
     """Every step of `feed_forward`."""
 
-    gate: Intermediate
-    up: Intermediate
-    gelu: Intermediate  # or another activation of gate
-    product: Intermediate
-    out: Hidden
+    gate: Intermediate  # gate projection
+    up: Intermediate  # up projection
+    gelu: Intermediate  # GELU of gate (or another activation)
+    product: Intermediate  # product of gelu and up
+    out: Hidden  # product after the down projection
 
 
 @dataclass(frozen=True)
 class Block:
     """Every step of `block`. The norms have the names of their weights."""
 
-    input_layernorm: Hidden
+    input_layernorm: Hidden  # norm of the residual stream; the input of attention
     attention: Attention
-    post_attention_layernorm: Hidden
-    middle: Hidden  # the residual stream between attention and feed-forward
-    pre_feedforward_layernorm: Hidden
+    post_attention_layernorm: Hidden  # norm of attention's result, before the sum
+    middle: Hidden  # residual stream between attention and feed-forward
+    pre_feedforward_layernorm: Hidden  # norm of middle; the input of feed-forward
     feed_forward: FeedForward
-    post_feedforward_layernorm: Hidden
-    out: Hidden
+    post_feedforward_layernorm: Hidden  # norm of feed-forward's result, before the sum
+    out: Hidden  # residual stream after the layer
 
 
 def split_heads(x: Float[np.ndarray, "batch seq width"], head_dim: int) -> Array:

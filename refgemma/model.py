@@ -25,13 +25,13 @@ from refgemma.weights.parameters import Rows, Weights, row_pieces
 class Forward:
     """Every step of `forward`, in order; `refgemma.trace.names` returns it as named tensors."""
 
-    cos: RotaryTable
-    sin: RotaryTable
-    embedded: Hidden
+    cos: RotaryTable  # cosines of the rotary angles
+    sin: RotaryTable  # sines of the rotary angles
+    embedded: Hidden  # rows of the tokens in the embedding table, times sqrt(hidden)
     layers: tuple[Block, ...]
-    norm: Hidden
-    raw_logits: Logits  # before the cap
-    logits: Logits
+    norm: Hidden  # norm of the last layer's residual stream
+    raw_logits: Logits  # scores of all tokens, before the cap
+    logits: Logits  # scores of all tokens, after the cap
     cache: Cache  # for the next call; not traced
 
 

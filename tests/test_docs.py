@@ -32,6 +32,11 @@ def test_the_tables_are_those_of_the_package(name: str) -> None:
     assert (DOCS / "reference" / f"{name}.md").read_text("utf-8") == tables.PAGES[name](), "python docs/tables.py"
 
 
+def test_every_name_of_a_trace_has_a_meaning() -> None:
+    assert sorted(tables.meanings()) == sorted(name for name, _ in trace_axes())
+    assert all(0 < len(meaning) <= 70 for meaning in tables.meanings().values())  # one short phrase
+
+
 def page_name(path: Path) -> str:
     return path.relative_to(DOCS).as_posix()
 
