@@ -45,11 +45,12 @@ def meanings() -> dict[str, str]:
     records = {
         "": Forward, "layers.N.": Block, "layers.N.attention.": Attention, "layers.N.feed_forward.": FeedForward,
     }  # fmt: skip
-    return {
-        prefix + field: meaning
+    comments = {
+        prefix + field: comment
         for prefix, record in records.items()
-        for field, meaning in re.findall(r"^    (\w+): \w+  # (.+)$", inspect.getsource(record), re.MULTILINE)
+        for field, comment in re.findall(r"^    (\w+): \w+  # (.+)$", inspect.getsource(record), re.MULTILINE)
     }
+    return {name: comments[name] for name, _ in trace_axes()}
 
 
 def trace_names() -> str:
