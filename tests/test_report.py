@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -138,13 +139,34 @@ def test_the_text_is_wrapped_and_says_where_to_look(window: Path, capsys: pytest
     assert "look at: config key sliding_window: the trace suggests 9, expected is 8" in words
     assert "--map transformers knows 3 of 3 unknown names in the file" in words
     assert "not tensors of this model: model.layers.0-2.self_attn.q_proj" in words
-    ruled_out, total, alike, names = re.findall(
+    ruled_out, total, alike = re.findall(
         r"known bugs: (\d+) of (\d+) ruled out; 1 explains the difference; (\d+) look like the correct model in this "
-        r"trace: ((?:\S+, )*\S+)",
+        r"trace: shown by",
         words,
     )[0]
     assert int(ruled_out) + 1 + int(alike) == int(total)
-    assert len(names.split(", ")) == int(alike)
+
+
+def test_the_bugs_that_a_trace_cannot_show_are_grouped_by_the_inputs_that_show_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, comment = tmp_path / "run.safetensors", tmp_path / "comment.md"
+    assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(path)]) == 0
+    command = ["check", str(path), "--model", "conformance"]
+    assert main([*command, "--json"]) == main([*command, "--markdown", str(comment)]) == 0
+    listed, _, said = capsys.readouterr().out.partition("\n}\n")
+    alike = json.loads(listed[listed.index("{") :] + "}")["blind"]
+    groups = re.findall(r"  shown by ([^:]+): ((?:\S+,\s+)*\S+)", said)
+    assert len(groups) == 3
+    sizes = Counter(bug["shows"] for bug in alike)
+    for shows, names in groups:
+        assert names.replace(",", " ").split() == [bug["variant"] for bug in alike if bug["shows"] == shows]
+    assert [sizes[shows] for shows, _ in groups] == sorted(sizes.values(), reverse=True)[:3]
+    rest = len(alike) - sum(sizes[shows] for shows, _ in groups)
+    assert rest > 5
+    for text in (said, comment.read_text("utf-8")):
+        assert f"{len(alike)} look like the correct model in this trace:" in text
+        assert f"and {rest} more (--json lists all)" in text
 
 
 @pytest.mark.parametrize("wrong", ["shape", "nan"])

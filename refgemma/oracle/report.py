@@ -39,6 +39,7 @@ from refgemma.oracle.verdicts import (
 from refgemma.trace.names import field_of, layer_of, list_names, list_ranges
 
 WIDTH = 118
+MOST_INPUTS = 3  # inputs that a report names as those that would show further known bugs
 
 
 def number(x: float) -> str:
@@ -358,6 +359,17 @@ def bug_counts(report: Report) -> list[tuple[str, str]]:
     return [(count, said) for count, said, shown in counts if shown]
 
 
+def alike_lines(report: Report) -> list[str]:
+    """Return the inputs that would show most of the known bugs that this trace cannot show, each with these bugs."""
+    groups: dict[str, list[str]] = {}
+    for v in report.undetectable:
+        groups.setdefault(v.shows, []).append(v.name)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    lines = [f"  shown by {shows}: {', '.join(names)}" for shows, names in ordered[:MOST_INPUTS]]
+    rest = sum(len(names) for _, names in ordered[MOST_INPUTS:])
+    return [*lines, *([f"  and {rest} more (--json lists all)"] if rest else [])]
+
+
 def recorded_lines(report: Report) -> list[str]:
     """Return the list of the tensors that were not recorded or, if it is shorter, of the recorded ones."""
     missing, recorded = report.missing, [i.tensor for i in report.instances]
@@ -385,8 +397,7 @@ def text(report: Report, model: str) -> str:
         lines.append(UNITS)
     lines.append(count_verdicts(report))
     lines.append(f"known bugs: {count_bugs(report)}" + (":" if report.undetectable else ""))
-    if report.undetectable:
-        lines.append("  " + list_names(v.name for v in report.undetectable))
+    lines += alike_lines(report)
     lines += [*recorded_lines(report), *(f"remark: {r}" for r in report.remarks)]
     said = f"[{report.changed}] " if report.changed else ""
     return "\n".join(said + part if part else "" for line in lines for part in wrap(line, WIDTH - len(said)))
@@ -560,7 +571,7 @@ def markdown(report: Report, model: str) -> str:
         "|---|---|---|---|---|---|",
         *rows,
     ]
-    unseen = ", ".join(v.name for v in report.undetectable)
+    unseen = "; ".join(line.strip() for line in alike_lines(report))
     return "\n".join([
         f"### refgemma check against {_as_code(label(report, model))}: {report.verdict}", "",
         *_as_block(first_lines(report)),
