@@ -316,6 +316,29 @@ def no_pre_feed_forward_norm(layer: Any, h: Tensor, attend: Callable[[Tensor], T
     return h + layer.post_feedforward_layernorm(layer.mlp(h))
 
 
+def sums_unrounded(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+    """A kernel that adds and normalises: the norm of the float32 sum, which is rounded only when stored."""
+    kept: list[tuple[Tensor, Tensor]] = []  # the last sum, as stored and in float32
+    norm = modeling.Gemma2RMSNorm.forward
+
+    def add(x: Tensor, residual: Tensor) -> Tensor:
+        exact = x.float() + residual.float()
+        kept[:] = [(exact.to(x.dtype), exact)]
+        return kept[0][0]
+
+    def after_sum(self: Any, x: Tensor) -> Tensor:
+        if not kept or kept[0][0] is not x:
+            return norm(self, x)
+        return (normed(self, kept[0][1]) * (1.0 + self.weight.float())).to(x.dtype)
+
+    def block(layer: Any, h: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        h = add(layer.post_attention_layernorm(attend(layer.input_layernorm(h))), h)
+        return add(layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h))), h)
+
+    put(modeling.Gemma2RMSNorm, "forward", after_sum)
+    layers_by(block)(model, prompt, put)
+
+
 def weights_by(change: Callable[[Any, Any], None]) -> Make:
     """Other weights in every layer."""
 
@@ -742,6 +765,7 @@ MAKE: dict[str, Make] = {
     "norm-cast-order-llama": norms_by(lambda self, x: normed(self, x.float()).type_as(x) * (1.0 + self.weight)),
     "norm-in-half": norms_by(
         lambda self, x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight)),
+    "norm-of-unrounded-sum": sums_unrounded,
     "norm-weight-in-half": norms_by(lambda self, x: (normed(self, x.float()) * (1.0 + self.weight).float()).type_as(x)),
     "norm-weight-in-bf16": weight_in(HALF),
     "norm-weight-in-f16": weight_in(torch.float16),

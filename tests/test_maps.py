@@ -1,16 +1,19 @@
-"""Test name maps and importers on output of llama.cpp, MLX-LM and TransformerLens for the conformance checkpoint, and
-on files that fit no map. golden/conformance_gguf.py, mlx_port.py and transformer_lens_port.py wrote the output to
-tests/recorded."""
+"""Test name maps and importers on output of llama.cpp, MLX-LM, TransformerLens and others for a conformance
+checkpoint, and on files that fit no map. golden/conformance_gguf.py, mlx_port.py, transformer_lens_port.py and the
+scripts in tests/recorded wrote the output."""
 
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -25,15 +28,17 @@ from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import Judged, Statistics
 from refgemma.oracle.known_bugs import KnownBug
 from refgemma.oracle.verdicts import CONFORMS, INCONCLUSIVE, PASS
+from refgemma.precision import as_dtype, wide
 from refgemma.trace.candidate import Call, Candidate, Tensor, is_known, load_trace
 from refgemma.trace.evaltext import open_eval_callback
 from refgemma.trace.name_maps import Rule, arrange, load_map, map_names, open_trace
-from refgemma.trace.names import run_in_order
+from refgemma.trace.names import run_in_order, save_trace
 
 RECORDED = Path(__file__).parent / "recorded"
 CONFIG = Gemma2Config.from_pretrained(find_model("conformance"))
 IDS = np.array([[2, 5, 9]])
 SAMPLES = [("gemma_pytorch", 26, 6), ("litgpt", 27, 5), ("torchtune", 25, 11)]  # written by scoreboard/
+FLAX = ("gemma", 28, 4)
 
 
 @pytest.fixture
@@ -158,7 +163,7 @@ def test_transformer_lens_conforms(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, len(detect["matched"]), len(detect["ignored"]), detect["unmatched"]) == (0, 82, 147, [])
 
 
-@pytest.mark.parametrize(("name", "matched", "ignored"), SAMPLES)
+@pytest.mark.parametrize(("name", "matched", "ignored"), [*SAMPLES, FLAX])
 def test_a_port_of_the_scoreboard_is_known_and_conforms(
     name: str, matched: int, ignored: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +172,159 @@ def test_a_port_of_the_scoreboard_is_known_and_conforms(
     assert (code, len(found["matched"]), len(found["ignored"]), found["unmatched"]) == (0, matched, ignored, [])
     code, found = check(RECORDED / f"{name}.safetensors")
     assert (code, found["verdict"], len(found["tensors"])) == (0, "conforms", matched)
+
+
+# --- vLLM and SGLang --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Return the conformance checkpoints of two head sizes: vLLM's CPU kernels have no smaller one than 32."""
+    folders = {size: tmp_path_factory.mktemp("small") / str(size) for size in (8, 32)}
+    for size, folder in folders.items():
+        assert main(["conformance", "-o", str(folder), "--head-dim", str(size)]) == 0
+    return folders
+
+
+@pytest.fixture
+def dump(tmp_path: Path) -> Path:
+    return shutil.copytree(RECORDED / "sglang", tmp_path / "sglang")
+
+
+def check_small(path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    code = main(["check", str(path), "--model", str(model), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_vllm_conforms(small: dict[int, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    # The residual stream is in two parts, and layers 1 to 3 are left out.
+    code, found = check_small(RECORDED / "vllm.safetensors", small[32], capsys)
+    assert (code, found["verdict"], found["unknown"]) == (0, "conforms", [])
+    judged = {x["tensor"]: x["verdict"] for x in found["tensors"]}
+    assert len(judged) == 17
+    assert judged["layers.0.out"] == "EXACT"
+    assert judged["layers.0.attention.k"] == judged["layers.0.feed_forward.up"] == "PASS"
+
+
+def test_vllm_with_parts_exchanged_differs(
+    small: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, path = load_file(RECORDED / "vllm.safetensors"), tmp_path / "port.safetensors"
+    fused = tensors["model.layers.0.mlp.gate_up_proj"]
+    tensors["model.layers.0.mlp.gate_up_proj"] = np.roll(fused, fused.shape[-1] // 2, axis=-1)
+    save_file(tensors, path, {"map": "vllm", "dtype": "float32"})
+    code, found = check_small(path, small[32], capsys)
+    assert (code, found["first_divergence"]) == (1, "layers.0.feed_forward.gate")
+
+
+def test_sglang_conforms(small: dict[int, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = check_small(RECORDED / "sglang", small[8], capsys)
+    assert (code, found["verdict"], found["unknown"]) == (0, "conforms", [])
+    assert found["shape"] == [1, 4]  # the last pass brings only the logits of the one before
+    assert len(found["tensors"]) == 32
+    assert found["engine"] == "SGLang, 2 tensor-parallel"
+
+
+def test_processes_of_sglang_in_another_order_differ(
+    dump: Path, small: dict[int, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = sorted(dump.iterdir())
+    parts = [folder.rename(dump / f"part{n}") for n, folder in enumerate((second, first))]
+    for n, part in enumerate(parts):
+        part.rename(dump / f"TP{n}_PP0_Rank{n}_pid7")
+    code, found = check_small(dump, small[8], capsys)
+    assert (code, found["first_divergence"]) == (1, "layers.0.attention.q")
+
+
+def test_the_last_text_of_a_dump_is_read(dump: Path) -> None:
+    config = Gemma2Config.from_pretrained(find_model("conformance"))
+    for folder in list(dump.iterdir()):
+        for n in range(3):
+            shutil.copy(folder / f"Pass0000{n}.pt", folder / f"Pass0000{n + 3}.pt")
+        (folder / "Pass00005.pt").unlink()  # the last text has one pass with logits
+    assert open_trace(dump, config).entries["input_ids"].read().tolist() == [[2, 36, 37]]
+    for folder in list(dump.iterdir()):
+        for n in (0, 1):
+            (folder / f"Pass0000{n}.pt").unlink()
+        for n in (3, 4):
+            (folder / f"Pass0000{n}.pt").unlink()
+    with pytest.raises(InputError, match="no pass begins a text"):
+        open_trace(dump, config)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no passes", "the same passes"), ("a pass is missing", "the same passes"),
+        ("a process is missing", "one folder for each"), ("two stages", "one pipeline stage"),
+        ("other shapes", "has other shapes in some processes"), ("cut off", "damaged"),
+        ("code", "do not trust the file"),
+    ],
+)  # fmt: skip
+def test_a_damaged_dump_is_refused(damage: str, message: str, dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = sorted(dump.iterdir())
+    match damage:
+        case "no passes":
+            for file in dump.glob("*/*.pt"):
+                file.unlink()
+        case "a pass is missing":
+            (second / "Pass00001.pt").unlink()
+        case "a process is missing":
+            shutil.rmtree(first)
+        case "two stages":
+            second.rename(dump / "TP1_PP1_Rank1_pid7")
+        case "other shapes":
+            shutil.copy(second / "Pass00001.pt", second / "Pass00000.pt")
+        case "cut off":
+            raw = (first / "Pass00000.pt").read_bytes()
+            (first / "Pass00000.pt").write_bytes(raw[: len(raw) // 2])
+        case "code":
+            with zipfile.ZipFile(first / "Pass00000.pt", "w") as file:
+                file.writestr("archive/data.pkl", b"cposix\nsystem\n(S'false'\ntR.")
+    assert main(["check", str(dump), "--model", "conformance"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_sum_that_is_not_rounded_before_its_norm_is_named(
+    small: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compute the norms of vLLM's ``fused_add_rms_norm`` in bfloat16, from the bfloat16 tensors of a right model."""
+    model, ids, path = load(str(small[32]), "bfloat16"), np.array([[2, 36, 37, 38, 39]]), tmp_path / "port.safetensors"
+    run = dict(run_in_order(ids, model.weights, model.config))
+    stream = run["embedded"]
+    for n, weights in enumerate(model.weights.layers):
+        total = wide(stream).astype(np.float64) + wide(run[f"layers.{n}.post_attention_layernorm"])
+        normed = total / np.sqrt(np.mean(total**2, axis=-1, keepdims=True) + model.config.rms_norm_eps)
+        name = f"layers.{n}.pre_feedforward_layernorm"
+        run[name] = as_dtype(normed * (1 + wide(weights.pre_feedforward_layernorm)), "bfloat16")
+        stream = run[f"layers.{n}.out"]
+    kept = ("embedded", "middle", "out", "logits", "post_attention_layernorm", "pre_feedforward_layernorm")
+    tensors = {name: x for name, x in run.items() if name.endswith(kept)}
+    save_trace({"input_ids": ids, **tensors}.items(), path, {"dtype": "bfloat16"})
+    code, found = check_small(path, small[32], capsys)
+    assert (code, found["verdict"]) == (3, "noisy")
+    assert found["findings"][0]["named"] == "norm-of-unrounded-sum"
+    assert found["first_divergence"] == "layers.0.pre_feedforward_layernorm"
+
+
+def test_a_sum_is_rounded_to_its_dtype(tmp_path: Path) -> None:
+    path, one, other = tmp_path / "port.safetensors", np.float32(1), np.float32(2**-9 + 2**-20)
+    pair = {"model.layers.0": np.full((3, 30), one), "model.layers.0#1": np.full((3, 30), other)}
+    expected = {"F32": one + other, "BF16": one}  # one and the next bfloat16 number are 2^-7 apart
+    for dtype, total in expected.items():
+        kind = ml_dtypes.bfloat16 if dtype == "BF16" else np.float32
+        save_file({"input_ids": IDS} | {name: x.astype(kind) for name, x in pair.items()}, path, {"map": "vllm"})
+        entry = open_trace(path, CONFIG).entries["layers.0.out"]
+        assert (entry.dtype, entry.shape) == (dtype, (1, 3, 30))
+        assert (entry.read() == total).all()
+    save_file({"input_ids": IDS, "model.layers.0": pair["model.layers.0"]}, path, {"map": "vllm"})
+    assert "layers.0.out" not in open_trace(path, CONFIG).entries  # half of the sum is not the sum
+
+
+# --- several calls ----------------------------------------------------------------------------------------------------
 
 
 def test_tensors_of_several_calls_keep_their_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

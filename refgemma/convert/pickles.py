@@ -253,6 +253,33 @@ def read_torch(file: Path) -> dict[str, Stored]:
     ...     read_torch(Path(folder) / "model.ckpt")["norm.weight"].read("float32")
     array([1., 1., 1.], dtype=float32)
     """
+    top, locate = _open_torch(file)
+    return {name: locate(name, tensor) for name, tensor in _find_state_dict(top, file).items()}
+
+
+def read_tensors(file: Path) -> dict[str, Stored]:
+    """Read the tensors in a dict that `torch.save` wrote; those of a list or tuple are ``name``, ``name#1`` and so on.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is not such a file, or has no such dict.
+    OSError
+        If the file cannot be opened.
+    """
+    top, locate = _open_torch(file)
+    if not isinstance(top, dict):
+        raise CheckpointError(f"{file}: has no dict from names to tensors")
+    found = {}
+    for name, value in top.items():
+        for number, tensor in enumerate(value if isinstance(value, list | tuple) else [value]):
+            if isinstance(name, str) and isinstance(tensor, _Tensor):
+                found[f"{name}#{number}" if number else name] = locate(name, tensor)
+    return found
+
+
+def _open_torch(file: Path) -> tuple[Any, Callable[[str, _Tensor], Stored]]:
+    """Return the object in a file of `torch.save`, and a function that locates one of its tensors."""
     _refuse_others(file)
     entries = read_zip_entries(file)
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -263,8 +290,8 @@ def read_torch(file: Path) -> dict[str, Stored]:
     order = _read_entry(file, entries, f"{roots[0]}byteorder") if f"{roots[0]}byteorder" in entries else b"little"
     if order != b"little":
         raise CheckpointError(f"{file}: the byte order is {quote(order)}; save it on a little-endian machine")
-    state = _find_state_dict(_unpickle(_read_entry(file, entries, f"{roots[0]}data.pkl"), file), file)
-    return {name: _locate_tensor(name, tensor, file, entries, roots[0]) for name, tensor in state.items()}
+    top = _unpickle(_read_entry(file, entries, f"{roots[0]}data.pkl"), file)
+    return top, lambda name, tensor: _locate_tensor(name, tensor, file, entries, roots[0])
 
 
 def _refuse_others(file: Path) -> None:

@@ -496,6 +496,17 @@ def llama_block(table: Table, context: Context) -> Iterator[Operation]:
         yield _pass(p + "post_feedforward_layernorm", p + "feed_forward.out")
 
 
+def norms_of_unrounded_sums(table: Table, context: Context) -> Iterator[Operation]:
+    """Use the sum of the residual stream as it is before it is rounded; only the stream itself is rounded."""
+    for op in _of_field(table, "input_layernorm", "pre_feedforward_layernorm", "norm"):
+        if field_of(op.inputs[0]) in ("middle", "out"):
+
+            def compute(h: Array, a: Array, op: Operation = op) -> Array:
+                return narrow(op.compute(wide(h) + wide(a)), like=h)
+
+            yield replace(_norm_sum(op, *table[op.inputs[0]].inputs), compute=compute)
+
+
 def without(*norms: str) -> Change:
     """Return an edit that leaves out norms."""
     return rewire(lambda table, context: (_pass(op.name, *op.inputs) for op in _of_field(table, *norms)))
@@ -1065,6 +1076,9 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "place of the cast", "rounding"),
     KnownBug("norm-in-half", "norms round every step to half precision", NORMS, NORM_WAYS[0],
              "google-deepmind/gemma RMSNorm, on purpose", HALF, "dtype of the norm", "rounding", NORM_WAYS[1:]),
+    KnownBug("norm-of-unrounded-sum", "norms use the sum of the residual stream before it is rounded",
+             ("pre_feedforward_layernorm", "input_layernorm", "norm"), rewire(norms_of_unrounded_sums),
+             "vllm 0.32.0, fused_add_rms_norm", HALF, "dtype of the residual stream", "rounding"),
     KnownBug("norm-weight-in-half", "1 + w is rounded to half precision", NORMS,
              in_storage("rms_norm", norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
              "rounding"),

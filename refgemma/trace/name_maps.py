@@ -2,8 +2,9 @@
 
 A map is a list of rules. A rule has a ``pattern``, a name in the other implementation (``{layer}`` stands for a
 number), and the ``tensor`` in refgemma. If they differ, it also has the ``layout`` of the axes in einops's notation,
-the number among several tensors of that name (``occurrence``, from 0), the ``part`` of a tensor that holds several, and
-``last`` if the tensor may have only the last row. A prefix ``calls.N.``, for one of several calls, stays. Names under
+the number among several tensors of that name (``occurrence``, from 0), the ``part`` of a tensor that holds several, the
+layout ``then`` of that part, another tensor that is added (``plus``), and ``last`` if the tensor may have only the last
+row. A prefix ``calls.N.``, for one of several calls, stays. Names under
 ``ignored`` are known but useless, with the reason. All other names are reported as unknown; refgemma does not guess.
 """
 
@@ -19,10 +20,11 @@ import numpy as np
 from refgemma.config import Gemma2Config
 from refgemma.files import pluralise, quote, read_object
 from refgemma.inputs import InputError
-from refgemma.precision import Array
+from refgemma.precision import Array, as_dtype, dtype_name, wide
 from refgemma.trace.debug_tree import find_debug_tree, open_debug_tree
 from refgemma.trace.evaltext import is_eval_callback, open_eval_callback
 from refgemma.trace.reader import Entry, TraceFile, is_there, open_safetensors
+from refgemma.trace.sglang_dump import find_ranks, open_ranks
 
 FOLDER = Path(__file__).parent / "maps"
 HELP = "see refgemma/trace/maps"
@@ -38,6 +40,8 @@ class Rule:
     layout: str = ""  # einops; empty if the axes are refgemma's
     occurrence: int | str = 0  # "layer" means the first for layer 0, the second for layer 1
     part: tuple[str, ...] = ()  # number of the part, and the heads of each part: ("1", "heads", "kv_heads")
+    then: str = ""  # einops, after the part was taken
+    plus: str = ""  # name of a tensor with the same layout, which is added: the residual stream in two parts
     last: bool = False  # true if the tensor may have only the last row
     more_keys: bool = False  # true if the tensor may have more keys than tokens; the first keys are used
 
@@ -58,7 +62,7 @@ class NameMap:
 class Matched:
     """The result of applying a map to a file's names."""
 
-    found: Mapping[str, tuple[str, Rule]]  # refgemma's name -> the file's name and the rule
+    found: Mapping[str, tuple[str, Rule]]  # refgemma's name -> the file's name and the rule; `plus` is the file's name
     ignored: Mapping[str, str]  # the file's name -> the reason
     unmatched: tuple[str, ...]
 
@@ -107,6 +111,7 @@ def load_map(name: str) -> NameMap:
 # --- checks of a map, which may be untrusted --------------------------------------------------------------------------
 
 NAME_LIMIT, STARS_LIMIT = 200, 3  # each star multiplies the search time by the length of a name
+A_LAYOUT = "axes before and after '->' in einops's notation"
 A_PATTERN = f"at most {NAME_LIMIT} characters, one {{layer}} and {STARS_LIMIT} stars in its pattern"
 
 
@@ -115,6 +120,10 @@ def _is_pattern(value: object) -> bool:
         isinstance(value, str) and 0 < len(value) <= NAME_LIMIT and value.count("{layer}") <= 1
         and value.count("*") <= STARS_LIMIT
     )  # fmt: skip
+
+
+def _is_layout(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"([\w() ]{1,200}->[\w() ]{1,200})?", value))
 
 
 def _is_part(value: object) -> bool:
@@ -134,10 +143,9 @@ RULE_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a name in refgemma, with {layer} for a number",
         lambda value: bool(isinstance(value, str) and re.fullmatch(r"(\w|\.|\{layer\}){1,200}", value)),
     ),
-    "layout": (
-        "axes before and after '->' in einops's notation",
-        lambda value: bool(isinstance(value, str) and re.fullmatch(r"([\w() ]{1,200}->[\w() ]{1,200})?", value)),
-    ),
+    "layout": (A_LAYOUT, _is_layout),
+    "then": (A_LAYOUT, _is_layout),
+    "plus": (A_PATTERN, _is_pattern),
     "occurrence": (
         "a whole number from 0, or 'layer'",
         lambda value: value == "layer" or (type(value) is int and value >= 0),
@@ -194,13 +202,16 @@ def match(file: TraceFile, names: NameMap) -> Matched:
             hit = expression.fullmatch(name)
             if hit is None or (rule.occurrence != "layer" and int(number or 0) != rule.occurrence):
                 continue
-            ours = call + rule.tensor.replace("{layer}", hit.groupdict().get("layer") or number or "0")
+            layer = hit.groupdict().get("layer") or number or "0"
+            ours, added = call + rule.tensor.replace("{layer}", layer), call + rule.plus.replace("{layer}", layer)
+            if rule.plus and added not in file.entries:
+                continue
             if ours in found and found[ours][0] != theirs:
                 raise InputError(
                     f"{file.path}: the map {names.name} gives {ours} for both {found[ours][0]} and {theirs}"
                 )
-            found[ours] = (theirs, rule)
-            used.add(theirs)
+            found[ours] = (theirs, replace(rule, plus=added if rule.plus else ""))
+            used |= {theirs, added}
     rest = [name for name in file.entries if name not in used and name not in GIVEN]
     why = {pattern: _expression(pattern) for pattern in names.ignored}
     ignored = {
@@ -217,15 +228,46 @@ def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFil
     entries = {name: file.entries[name] for name in (*GIVEN, *matched.unmatched) if name in file.entries}
     seq = file.entries["input_ids"].shape[-1] if "input_ids" in file.entries and entries["input_ids"].shape else 0
     for ours, (theirs, rule) in matched.found.items():
-        entries[ours] = _arrange_entry(file.entries[theirs], rule, config, 0 if split_call(ours)[0] else seq)
+        entry = file.entries[theirs]
+        if rule.plus:
+            entry = _add(entry, file.entries[rule.plus])
+        call = split_call(ours)[0]
+        entries[ours] = _arrange_entry(entry, rule, config, file.lengths.get(call, 0) if call else seq)
     return TraceFile(file.path, {**file.metadata, "map": names.name}, entries)
 
 
-def axis_lengths(config: Gemma2Config) -> dict[str, int]:
-    """Return the lengths of the axes that a model determines, by the names used in layouts."""
-    return {
-        "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        "hidden": config.hidden_size, "intermediate": config.intermediate_size, "vocab": config.vocab_size,
+def _add(one: Entry, other: Entry) -> Entry:
+    """Return the sum of two tensors, rounded as the engine rounds it before its next operation.
+
+    The file may store numbers of half precision as float32. So the sum is rounded to half precision if all of them have
+    that precision.
+    """
+    if one.shape != other.shape:
+        return one
+
+    def read() -> Array:
+        x, y = one.read(), other.read()
+        halves = (half for half in ("bfloat16", "float16") if _is_exact(x, half) and _is_exact(y, half))
+        return x + y if x.itemsize == 2 else wide(as_dtype(x + y, next(halves, dtype_name(x))))
+
+    return replace(one, read=read)
+
+
+def _is_exact(x: Array, dtype: str) -> bool:
+    with np.errstate(over="ignore"):
+        return np.array_equal(wide(as_dtype(x, dtype)), x, equal_nan=True)
+
+
+def axis_lengths(config: Gemma2Config, ranks: int = 1) -> dict[str, int]:
+    """Return the lengths of the axes that a model determines, by the names used in layouts.
+
+    The axis ``ranks`` has one element for each process of a tensor-parallel engine; ``rank_heads``, ``rank_kv_heads``
+    and ``rank_intermediate`` are the lengths in one process.
+    """
+    each = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads,
+            "intermediate": config.intermediate_size}  # fmt: skip
+    return {f"rank_{axis}": length // ranks for axis, length in each.items()} | {
+        **each, "head_dim": config.head_dim, "hidden": config.hidden_size, "vocab": config.vocab_size,
         "groups": config.num_attention_heads // config.num_key_value_heads,
     }  # fmt: skip
 
@@ -244,22 +286,26 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
     >>> arrange(np.zeros((1, 3, 2048)), rule, Gemma2Config.preset("2b")).shape
     (1, 8, 3, 256)
     """
+    lengths = axis_lengths(config, x.shape[0] if rule.layout.startswith("ranks ") and x.ndim and x.shape[0] else 1)
     if rule.layout:
-        words = re.findall(r"\w+", rule.layout.split("->")[0])
-        known = {axis: n for axis, n in axis_lengths(config).items() if axis in words}
-        try:
-            x = einops.rearrange(x, rule.layout, **known)
-        except (einops.EinopsError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise InputError(
-                f"has shape {x.shape}, which does not fit {rule.layout.split('->')[0]!r} ({reason})"
-            ) from None
+        x = _rearrange(x, rule.layout, lengths)
     if rule.part:
-        sizes = [axis_lengths(config)[axis] for axis in rule.part[1:]]
+        sizes = [lengths[axis] for axis in rule.part[1:]]
         if x.shape[1] != sum(sizes):
             raise InputError(f"has {pluralise(x.shape[1], 'head')}; it must have {sum(sizes)}")
         x = np.split(x, np.cumsum(sizes)[:-1], axis=1)[int(rule.part[0])]
-    return x
+    return _rearrange(x, rule.then, lengths) if rule.then else x
+
+
+def _rearrange(x: Array, layout: str, lengths: Mapping[str, int]) -> Array:
+    before = layout.split("->")[0]
+    words = re.findall(r"\w+", before)
+    try:
+        found: Array = einops.rearrange(x, layout, **{axis: n for axis, n in lengths.items() if axis in words})
+    except (einops.EinopsError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"has shape {x.shape}, which does not fit {before!r} ({reason})") from None
+    return found
 
 
 def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> Entry:
@@ -291,7 +337,9 @@ def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> 
 
 
 def open_any(path: str | Path) -> TraceFile:
-    """Open a safetensors file, the output of ``llama-eval-callback``, or a folder of transformers' debugger."""
+    """Open a safetensors file, the output of ``llama-eval-callback``, or a folder of a dumper that is known."""
+    if ranks := find_ranks(path):
+        return open_ranks(ranks)
     if (tree := find_debug_tree(path)) is not None:
         return open_debug_tree(tree)
     return open_eval_callback(path) if is_eval_callback(is_there(path)) else open_safetensors(path)
@@ -303,7 +351,8 @@ def open_trace(path: str | Path, config: Gemma2Config, name_map: str | None = No
     Parameters
     ----------
     path : str or path
-        A safetensors file, the text of ``llama-eval-callback``, or a folder of ``model_addition_debugger_context``.
+        A safetensors file, the text of ``llama-eval-callback``, or a folder of ``model_addition_debugger_context`` or
+        of SGLang's tensor dumps.
     config : Gemma2Config
         The model's configuration, which gives the lengths of the axes.
     name_map : str, optional

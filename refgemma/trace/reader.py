@@ -4,7 +4,7 @@ Checked in the tests on damaged, foreign and huge files.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class TraceFile:
     path: str
     metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
+    lengths: Mapping[str, int] = field(default_factory=dict)  # number of tokens of each call, by its prefix, if known
 
 
 def is_there(path: str | Path) -> Path:
