@@ -5,7 +5,7 @@ Checked on files that the dumper of SGLang 0.5.23 wrote for a model with SGLang'
 (``tests/recorded/write_sglang.py``), not on a run of SGLang itself, which needs a GPU. No pickle is executed.
 
 A file has the outputs of the modules without submodules, by the modules' names. The dumper writes a file when the inner
-model returns, so what the outer modules return, such as the logits, is in the file of the next pass.
+model returns. So results of the outer modules, such as the logits, are in the file of the next pass.
 """
 
 import json
@@ -81,7 +81,7 @@ def _join_ranks(ranks: Sequence[dict[str, Stored]], where: str) -> Pass:
 
 
 def _last_text(passes: list[Pass], where: str) -> list[Pass]:
-    """Return the passes of the last text, each with what the outer modules returned for it.
+    """Return the passes of the last text, each with the results of the outer modules for it.
 
     The last pass of several has no such tensors, and is left out; only its file is needed.
     """
@@ -89,7 +89,7 @@ def _last_text(passes: list[Pass], where: str) -> list[Pass]:
     outer = [{name: x for name, x in one.items() if not name.startswith(INNER)} for one in passes[1:]]
     for one in inner:
         given = [one.get(f"{BATCH}{name}") for name in ("input_ids", "positions", "seq_lens")]
-        if any(x is None or len(x[0].shape) != 1 or not x[0].shape[0] for x in given):
+        if any(x is None or x[0].dtype.kind not in "iu" or len(x[0].shape) != 1 or not all(x[0].shape) for x in given):
             raise InputError(f"{where}: a pass has no tokens, positions or lengths; {ADVICE}")
     starts = [n for n, one in enumerate(inner) if one[f"{BATCH}positions"][0].map()[0] == 0]
     if not starts:
