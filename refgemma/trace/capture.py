@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -234,6 +235,53 @@ def capture_transformers(
         f"torch {torch.__version__}, {model.config._attn_implementation}",
     }  # fmt: skip
     return tensors, about
+
+
+def read_debug_mode(mode: Any) -> dict[str, Array]:
+    """Return the outputs of operations and modules that PyTorch's ``DebugMode`` recorded, for the map of this name.
+
+    An operation has the name of its module and its own: ``model.layers.0.self_attn/aten.tanh.default``; the next of the
+    same name is ``...#1``. The output of a module's last operation is also that of the module, and has its name.
+
+    Parameters
+    ----------
+    mode : DebugMode
+        Of ``torch.utils._debug_mode``, after a call with ``record_nn_module=True`` inside
+        ``DebugMode.record_outputs()``.
+
+    Raises
+    ------
+    InputError
+        If no outputs were recorded. A log of hashes has only one number of each tensor, such as its norm. Two logs can
+        be compared by hashes, but an operation cannot be computed from them.
+
+    Examples
+    --------
+    In a script that has torch::
+
+        with DebugMode.record_outputs(), DebugMode(record_nn_module=True) as mode:
+            model(torch.tensor([[2, 300, 400]]), use_cache=False)
+        tensors = {"input_ids": np.array([[2, 300, 400]])} | read_debug_mode(mode)
+        save_trace(tensors.items(), "port.safetensors", {"map": "torch-debug-mode", "dtype": "float32"})
+    """
+    inside: list[tuple[int, str]] = []  # the modules that the operation is in, each with its depth
+    found: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
+    for call in mode.operators:
+        while inside and inside[-1][0] >= call.call_depth:
+            inside.pop()
+        if getattr(call, "header", "") == "nn.Mod":
+            inside.append((call.call_depth, call.tag.partition(".")[2]))  # without the name of the model's class
+            continue
+        output = (getattr(call, "record", None) or {}).get("output")
+        if hasattr(output, "is_floating_point") and output.is_floating_point():
+            name = f"{inside[-1][1] if inside else ''}/{call.op}"
+            found[f"{name}#{counts[name]}" if counts[name] else name] = output
+            counts[name] += 1
+            found |= {module or "logits": output for _, module in inside}
+    if not found:
+        raise InputError("DebugMode has no outputs; run the model inside DebugMode.record_outputs() too")
+    return {name: as_numpy(x) for name, x in found.items()}
 
 
 def _gradients_of(model: Any, found: dict[str, Any], loss: Any) -> dict[str, Any]:

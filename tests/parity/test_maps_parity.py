@@ -11,12 +11,14 @@ from safetensors.numpy import save_file
 
 from refgemma.cli.main import main
 from refgemma.hub import find_model
+from refgemma.inputs import InputError
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.verdicts import GOOD
 from refgemma.trace.candidate import load_trace
+from refgemma.trace.capture import read_debug_mode
 from refgemma.trace.name_maps import load_map, match, open_any
-from refgemma.trace.names import field_of
+from refgemma.trace.names import LAYER_FIELDS, field_of, save_trace
 
 
 def test_every_module_is_known_and_conforms(tmp_path: Path) -> None:
@@ -87,3 +89,47 @@ def test_a_folder_of_the_debugger_without_numbers_is_refused(
     debugged(tmp_path / "text")
     assert main(["check", str(tmp_path / "text"), "--model", "conformance"]) == 2
     assert "use_repr=False" in capsys.readouterr().err
+
+
+def recorded(dtype: str, **changes: Any) -> dict[str, Any]:
+    """Run a model in PyTorch's DebugMode, and return its tensors."""
+    from torch.utils._debug_mode import DebugMode
+
+    model = transformers.Gemma2ForCausalLM.from_pretrained(
+        find_model("conformance"), dtype=getattr(torch, dtype), attn_implementation="eager", **changes
+    ).eval()
+    ids = np.random.default_rng(1).integers(4, 97, (2, 12))
+    with torch.no_grad(), DebugMode.record_outputs(), DebugMode(record_nn_module=True) as mode:
+        model(torch.as_tensor(ids), use_cache=False)
+    return {"input_ids": ids} | read_debug_mode(mode)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_pytorchs_debug_mode_records_is_known_and_conforms(dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "port.safetensors"
+    save_trace(recorded(dtype).items(), path, {"map": "torch-debug-mode", "dtype": dtype})
+    assert match(open_any(path), load_map("torch-debug-mode")).unmatched == ()
+    ours = load("conformance", dtype)
+    work = Engine(load_trace(path, ours.config), ours.weights, ours.config)
+    assert {i.judged.verdict for i in work.instances} <= set(GOOD)
+    fields = {field_of(i.tensor) for i in work.instances}
+    assert fields == {*LAYER_FIELDS, "embedded", "norm", "raw_logits", "logits"}
+    assert len(work.instances) == 4 * len(LAYER_FIELDS) + 4
+
+
+def test_a_mistake_that_debug_mode_recorded_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "port.safetensors"
+    tensors = recorded("float32", query_pre_attn_scalar=10)
+    save_trace(tensors.items(), path, {"map": "torch-debug-mode", "dtype": "float32"})
+    assert main(["check", str(path), "--model", "conformance"]) == 1
+    assert "DIFFERS first at layers.0.attention.scores: scale-head-dim" in capsys.readouterr().out
+
+
+def test_a_log_of_hashes_has_no_numbers_to_judge() -> None:
+    from torch.utils._debug_mode import DebugMode
+
+    with DebugMode.log_tensor_hashes(), DebugMode(record_nn_module=True) as mode:
+        torch.nn.Linear(3, 2)(torch.ones(1, 3))
+    assert any("hash" in (call.log or {}) for call in mode.operators if hasattr(call, "log"))
+    with pytest.raises(InputError, match="record_outputs"):
+        read_debug_mode(mode)
