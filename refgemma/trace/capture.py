@@ -273,7 +273,7 @@ def read_debug_mode(mode: Any) -> dict[str, Array]:
         if getattr(call, "header", "") == "nn.Mod":
             inside.append((call.call_depth, call.tag.partition(".")[2]))  # without the name of the model's class
             continue
-        output = (getattr(call, "record", None) or {}).get("output")
+        output: Any = (getattr(call, "record", None) or {}).get("output")
         if hasattr(output, "is_floating_point") and output.is_floating_point():
             name = f"{inside[-1][1] if inside else ''}/{call.op}"
             found[f"{name}#{counts[name]}" if counts[name] else name] = output
