@@ -230,13 +230,13 @@ def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFil
     for ours, (theirs, rule) in matched.found.items():
         entry = file.entries[theirs]
         if rule.plus:
-            entry = _add(entry, file.entries[rule.plus])
+            entry = _add_entries(entry, file.entries[rule.plus])
         call = split_call(ours)[0]
         entries[ours] = _arrange_entry(entry, rule, config, file.lengths.get(call, 0) if call else seq)
     return TraceFile(file.path, {**file.metadata, "map": names.name}, entries)
 
 
-def _add(one: Entry, other: Entry) -> Entry:
+def _add_entries(one: Entry, other: Entry) -> Entry:
     """Return the sum of two tensors, rounded as the engine rounds it before its next operation.
 
     The file may store numbers of half precision as float32. So the sum is rounded to half precision if all of them have

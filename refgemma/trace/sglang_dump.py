@@ -28,7 +28,7 @@ PASSES = "Pass[0-9]*.pt"
 INNER, BATCH = "model.", "model.forward_batch_info."
 # Modules whose result is split between the processes; all others return the same in each process.
 SPLIT = re.compile(r".*\.(qkv_proj|gate_up_proj|act_fn|attn)(#\d+)?")
-ADVICE = "dump one request at a time, with --disable-cuda-graph and --skip-server-warmup"
+HOW_TO_DUMP = "dump one request at a time, with --disable-cuda-graph and --skip-server-warmup"
 
 Pass = dict[str, list[Stored]]  # name -> the tensor of each process
 
@@ -64,7 +64,7 @@ def open_ranks(ranks: Sequence[Path]) -> TraceFile:
         raise InputError(f"{where}: must have one folder for each tensor-parallel process, and one pipeline stage")
     files = [sorted(folder.glob(PASSES)) for folder in ranks]
     if not files[0] or len({tuple(file.name for file in one) for one in files}) > 1:
-        raise InputError(f"{where}: the processes must have the same passes, and at least one; {ADVICE}")
+        raise InputError(f"{where}: the processes must have the same passes, and at least one; {HOW_TO_DUMP}")
     try:
         passes = [_join_ranks([read_tensors(file) for file in one], where) for one in zip(*files, strict=True)]
     except CheckpointError as error:
@@ -90,14 +90,14 @@ def _last_text(passes: list[Pass], where: str) -> list[Pass]:
     for one in inner:
         given = [one.get(f"{BATCH}{name}") for name in ("input_ids", "positions", "seq_lens")]
         if any(x is None or x[0].dtype.kind not in "iu" or len(x[0].shape) != 1 or not all(x[0].shape) for x in given):
-            raise InputError(f"{where}: a pass has no tokens, positions or lengths; {ADVICE}")
+            raise InputError(f"{where}: a pass has no tokens, positions or lengths; {HOW_TO_DUMP}")
     starts = [n for n, one in enumerate(inner) if one[f"{BATCH}positions"][0].map()[0] == 0]
     if not starts:
-        raise InputError(f"{where}: no pass begins a text; {ADVICE}")
+        raise InputError(f"{where}: no pass begins a text; {HOW_TO_DUMP}")
     text = [one | more for one, more in zip(inner, [*outer, {}], strict=True)][starts[-1] :]
     text = text[:-1] or text
     if any(one[f"{BATCH}seq_lens"][0].shape != (1,) for one in text):
-        raise InputError(f"{where}: has tensors of several texts at once; {ADVICE}")
+        raise InputError(f"{where}: has tensors of several texts at once; {HOW_TO_DUMP}")
     return text
 
 
