@@ -322,6 +322,9 @@ def test_a_sum_is_rounded_to_its_dtype(tmp_path: Path) -> None:
         assert (entry.read() == total).all()
     save_file({"input_ids": IDS, "model.layers.0": pair["model.layers.0"]}, path, {"map": "vllm"})
     assert "layers.0.out" not in open_trace(path, CONFIG).entries  # half of the sum is not the sum
+    pair["model.layers.0#1"] = pair["model.layers.0#1"][:1]
+    save_file({"input_ids": IDS, **pair}, path, {"map": "vllm"})
+    assert "layers.0.out" not in open_trace(path, CONFIG).entries  # one row does not fit three
 
 
 # --- several calls ----------------------------------------------------------------------------------------------------

@@ -39,7 +39,6 @@ from refgemma.oracle.verdicts import (
 from refgemma.trace.names import field_of, layer_of, list_names, list_ranges
 
 WIDTH = 118
-MOST_INPUTS = 3  # inputs that a report names as those that would show further known bugs
 
 
 def number(x: float) -> str:
@@ -360,14 +359,12 @@ def bug_counts(report: Report) -> list[tuple[str, str]]:
 
 
 def alike_lines(report: Report) -> list[str]:
-    """Return the inputs that would show most of the known bugs that this trace cannot show, each with these bugs."""
+    """Return the known bugs that this trace cannot show, by the inputs that would show them; most bugs first."""
     groups: dict[str, list[str]] = {}
     for v in report.undetectable:
         groups.setdefault(v.shows, []).append(v.name)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    lines = [f"  shown by {shows}: {', '.join(names)}" for shows, names in ordered[:MOST_INPUTS]]
-    rest = sum(len(names) for _, names in ordered[MOST_INPUTS:])
-    return [*lines, *([f"  and {rest} more (--json lists all)"] if rest else [])]
+    return [f"  shown by {shows}: {', '.join(names)}" for shows, names in ordered]
 
 
 def recorded_lines(report: Report) -> list[str]:

@@ -204,8 +204,8 @@ def match(file: TraceFile, names: NameMap) -> Matched:
                 continue
             layer = hit.groupdict().get("layer") or number or "0"
             ours, added = call + rule.tensor.replace("{layer}", layer), call + rule.plus.replace("{layer}", layer)
-            if rule.plus and added not in file.entries:
-                continue
+            if rule.plus and (added not in file.entries or file.entries[added].shape != file.entries[theirs].shape):
+                continue  # both names are reported as unknown
             if ours in found and found[ours][0] != theirs:
                 raise InputError(
                     f"{file.path}: the map {names.name} gives {ours} for both {found[ours][0]} and {theirs}"
@@ -242,8 +242,6 @@ def _add_entries(one: Entry, other: Entry) -> Entry:
     The file may store numbers of half precision as float32. So the sum is rounded to half precision if all of them have
     that precision.
     """
-    if one.shape != other.shape:
-        return one
 
     def read() -> Array:
         x, y = one.read(), other.read()
