@@ -142,8 +142,10 @@ CAPS = "causality or distant_caps_do_nothing or bends-forward-f32 or no-caps-for
 
 
 def test_a_backend_that_fails_without_caps_gets_advice(run) -> None:
-    result = run("NoneIsNoNumber", "-k", CAPS)
-    result.assert_outcomes(passed=1, failed=3)
+    names = CAPS.removeprefix("causality or ")  # its few examples need not have a model without caps
+    assert names != CAPS
+    result = run("NoneIsNoNumber", "-k", names)
+    result.assert_outcomes(passed=1, failed=2)
     result.stdout.fnmatch_lines(
         ["*distant_caps_do_nothing: the backend raised TypeError(*); if it refuses such models, add "
          "'no-attention-cap' or 'no-final-cap' to refuses of its Capabilities"]

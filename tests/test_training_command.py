@@ -109,7 +109,7 @@ def test_the_seed_counts(text: str, tmp_path: Path) -> None:
 
 # --- stopped and resumed ----------------------------------------------------------------------------------------------
 
-LONG = [*SMALL, "--max-steps", "20", "--save-steps", "5", "--learning-rate", "0.001"]
+LONG = [*SMALL, "--max-steps", "60", "--save-steps", "5", "--learning-rate", "0.001"]
 
 
 def start(arguments: list[str]) -> Any:

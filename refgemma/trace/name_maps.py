@@ -73,7 +73,7 @@ def map_names() -> tuple[str, ...]:
     Examples
     --------
     >>> map_names()[:3]
-    ('gemma_pytorch', 'litgpt', 'llama.cpp')
+    ('gemma', 'gemma_pytorch', 'litgpt')
     """
     return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 

@@ -2,7 +2,7 @@
 of `torch.save` for each forward pass.
 
 Checked on files that the dumper of SGLang 0.5.23 wrote for a model with SGLang's modules
-(``tests/recorded/write_sglang.py``), not on a run of SGLang itself, which needs a GPU. No pickle is executed.
+(``tools/write_sglang.py``), not on a run of SGLang itself, which needs a GPU. No pickle is executed.
 
 A file has the outputs of the modules without submodules, by the modules' names. The dumper writes a file when the inner
 model returns. So results of the outer modules, such as the logits, are in the file of the next pass.

