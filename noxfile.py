@@ -43,6 +43,14 @@ def lowest(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+@nox.session(default=False, python=["3.14", "3.13", "3.12"])
+def newest(session: nox.Session) -> None:
+    """The tests with newer Pythons and the newest versions of all packages."""
+    session.install("-e", ".[test]")
+    session.run("refgemma", "verify")
+    session.run("pytest", *session.posargs)
+
+
 @nox.session(default=False)
 def parity(session: nox.Session) -> None:
     """The tests that run PyTorch beside refgemma, and the recordings made again and compared."""

@@ -252,9 +252,12 @@ class Diagnosis:
     ) -> bool | None:
         """Return True if a bug turns the recorded inputs into the recorded tensors; None if it affects no recorded
         tensor."""
+        names = self.engine.recorded if names is None else names
+        if not any(bug.is_in(step) for name in names for step in self.usual.span(name)):
+            return None  # without making the operations with the bug, which takes longer
         computed = self.read(bug)
         touched = False
-        for name in self.engine.recorded if names is None else names:
+        for name in names:
             if all(computed.table[step] is self.usual.table[step] for step in computed.span(name)):
                 continue
             touched = True
