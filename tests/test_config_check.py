@@ -2,13 +2,23 @@
 torchtune 0.6.1 and litgpt 0.5.13."""
 
 import json
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refgemma.cli.main import main
 from refgemma.config import Gemma2Config
-from refgemma.oracle.config_check import FIELD_NAMES, PresetError, check_preset, match_fields, read_layer_types
+from refgemma.oracle.config_check import (
+    FIELD_NAMES,
+    PresetError,
+    check_preset,
+    match_fields,
+    numbers_for,
+    read_layer_types,
+)
 
 CAPS_EXCHANGED = """
 import torch_that_is_not_installed
@@ -36,6 +46,7 @@ KERAS = {
     "vocabulary_size": 256000, "num_layers": 42, "num_query_heads": 16, "num_key_value_heads": 8, "hidden_dim": 3584,
     "intermediate_dim": 14336,
 }  # fmt: skip
+Kind = Enum("Kind", ["GLOBAL", "LOCAL_SLIDING"])
 FLAX = {"num_embed": 256128, "embed_dim": 3584, "hidden_dim": 14336, "num_kv_heads": 8}
 
 
@@ -48,6 +59,39 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return folder
+
+
+CONFORMANCE = {
+    "vocab_size": 97, "head_size": 10, "attention_scores_scalar": 13, "n_embd": 30, "n_layer": 4, "n_head": 6,
+    "n_query_groups": 3, "intermediate_size": 44, "sliding_window_size": 8, "sliding_window_indices": [1, 0, 1, 0],
+    "attention_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
+}  # fmt: skip
+
+
+def test_a_models_numbers_get_the_engines_names() -> None:
+    namespace: dict[str, Any] = {}
+    exec(WITH_DEFAULT_EPS, namespace)
+    preset = vars(namespace["Config"]("gemma-2-9b"))
+    assert numbers_for(preset) == CONFORMANCE  # litgpt's preset; its activation keeps litgpt's word
+
+
+def test_the_words_for_layer_types_are_the_engines_own() -> None:
+    @dataclass
+    class Preset:
+        attn_types: tuple[Kind, ...] = (Kind.LOCAL_SLIDING, Kind.GLOBAL) * 21
+        hidden_dim: int = 14336
+        embed_dim: int = 3584
+        dropout: float = 0.0
+
+    types = (Kind.LOCAL_SLIDING, Kind.GLOBAL) * 2
+    assert numbers_for(Preset()) == {"embed_dim": 30, "hidden_dim": 44, "attn_types": types}
+
+
+def test_the_parameters_of_a_function_get_the_numbers() -> None:
+    def gemma2(num_layers: int, hidden_capping_value: float = 50.0, attn_types: Any = None, dropout: float = 0.0): ...
+
+    assert numbers_for(gemma2) == {"num_layers": 4, "hidden_capping_value": 3.0}
+    assert numbers_for(gemma2, "tiny") == {"num_layers": 6, "hidden_capping_value": 50.0}
 
 
 def test_exchanged_caps_are_named_without_running_the_engine(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

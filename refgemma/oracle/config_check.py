@@ -11,7 +11,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,42 @@ def match_fields(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         name = next((name for name in names if name in values and name not in used), None)
         if name is not None and _is_value(values[name]):
             found[field] = name, values[name]
+    return found
+
+
+def numbers_for(engine: Any, model: str | Path = "conformance") -> dict[str, Any]:
+    """Return the numbers of a model under the names that an engine's configuration has for them.
+
+    Numbers for which the engine's configuration has no name known here are missing, and so is the activation. Compare
+    the result with the engine's documentation before use.
+
+    Parameters
+    ----------
+    engine : mapping, dataclass instance or callable
+        The engine's configuration of a released Gemma 2, or a function whose parameters are the numbers.
+    model : str or Path
+        ``"conformance"``, ``"tiny"`` or a folder.
+
+    Examples
+    --------
+    >>> numbers_for({"n_embd": 2304, "n_layer": 26, "sliding_window_indices": [1, 0] * 13})
+    {'n_embd': 30, 'n_layer': 4, 'sliding_window_indices': [1, 0, 1, 0]}
+    """
+    if isinstance(engine, Mapping):
+        given = dict(engine)
+    elif is_dataclass(engine):
+        given = {one.name: getattr(engine, one.name) for one in fields(engine)}
+    else:
+        given = dict.fromkeys(inspect.signature(engine).parameters)
+    config = Gemma2Config.from_dict(read_object(find_model(model) / CONFIG_JSON, PresetError))
+    found = {}
+    for field, (name, value) in match_fields(given).items():
+        if field == "layer_types" and value:
+            sliding, full = value[:2]  # the engine's own words: the first layer of a released Gemma 2 slides
+            types = config.layer_types or ()
+            found[name] = type(value)(full if one == "full_attention" else sliding for one in types)
+        elif field not in ("layer_types", "hidden_activation"):
+            found[name] = getattr(config, field)
     return found
 
 

@@ -472,7 +472,8 @@ class Tokenizer:
         config = settings | {"added_tokens_decoder": added, "tokenizer_class": "GemmaTokenizer"}
         if isinstance(self.chat_template, dict):
             config["chat_template"] = [{"name": n, "template": text} for n, text in self.chat_template.items()]
-        config = {name: value for name, value in config.items() if value is not None}
+        # transformers 4 refuses a list of extra tokens, even an empty one; no version needs the empty list.
+        config = {name: value for name, value in config.items() if value not in (None, [])}
         contents = {
             JSON_FILE: write_tokenizer_json(self._vocabulary, self._before, self._after),
             CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

@@ -237,6 +237,72 @@ def capture_transformers(
     return tensors, about
 
 
+def capture_modules(model: Any, call: Callable[[], Any]) -> tuple[dict[str, Array], dict[str, str]]:
+    """Run a PyTorch model of any project; return the outputs of its modules, by their own names, and the metadata.
+
+    `refgemma check` reads such a trace with the map of the project, for example ``--map litgpt``. Of several calls of a
+    module, only the first counts, and of several outputs, the first of floating point. The result of `call` is
+    ``logits``, if it is a tensor or has this attribute. ``input_ids`` are the first tensor of integers that a
+    module takes.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Gemma 2 whose modules can be hooked: neither compiled nor captured as a graph.
+    call : callable
+        Runs the model once on all tokens. It has no arguments.
+
+    Returns
+    -------
+    tensors, metadata
+        Arguments for `refgemma.trace.names.save_trace`.
+
+    Raises
+    ------
+    InputError
+        If no module was called with token ids.
+
+    Examples
+    --------
+    In a script that has torch, with a model of litgpt::
+
+        tensors, about = capture_modules(model, lambda: model(torch.tensor([[2, 30, 40]])))
+        save_trace(tensors.items(), "port.safetensors", about)
+    """
+    import torch
+
+    found: dict[str, Any] = {}
+    handles: list[Any] = []
+
+    def keep(name: str, output: Any) -> None:
+        tensors = output if isinstance(output, (tuple, list)) else [output]
+        floats = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        if floats and name not in found:
+            found[name] = floats[0].detach().clone()  # a later operation may write into the tensor
+
+    def keep_ids(module: Any, inputs: tuple[Any, ...]) -> None:
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and x.dtype in (torch.int32, torch.int64):
+                found.setdefault("input_ids", x.detach().clone().reshape(-1, x.shape[-1]))
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(keep_ids))
+        if name:  # the result of the whole model is not a module's output
+            handles.append(module.register_forward_hook(lambda m, i, output, name=name: keep(name, output)))
+    try:
+        with torch.no_grad():
+            result = call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if "input_ids" not in found:
+        raise InputError("no module of the model was called with a tensor of token ids; does call run this model?")
+    keep("logits", getattr(result, "logits", result))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    about = {"dtype": dtype, "engine": f"{type(model).__module__}, torch {torch.__version__}"}
+    return {name: as_numpy(x) for name, x in found.items()}, about
+
+
 def read_debug_mode(mode: Any) -> dict[str, Array]:
     """Return the outputs of operations and modules that PyTorch's ``DebugMode`` recorded, for the map of this name.
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import save_file
 
 from refgemma.cli.main import main
 from refgemma.hub import find_model
@@ -16,7 +15,7 @@ from refgemma.modeling.pretrained import load
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.verdicts import GOOD
 from refgemma.trace.candidate import load_trace
-from refgemma.trace.capture import read_debug_mode
+from refgemma.trace.capture import capture_modules, read_debug_mode
 from refgemma.trace.name_maps import load_map, match, open_any
 from refgemma.trace.names import LAYER_FIELDS, field_of, save_trace
 
@@ -25,23 +24,53 @@ def test_every_module_is_known_and_conforms(tmp_path: Path) -> None:
     model = transformers.Gemma2ForCausalLM.from_pretrained(
         find_model("conformance"), dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    found: dict[str, Any] = {}
-
-    def note(name: str) -> Any:
-        return lambda module, given, result: found.update({name: result}) if isinstance(result, torch.Tensor) else None
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(note(name))
     ids = np.random.default_rng(1).integers(4, 97, (2, 12))
-    with torch.no_grad():
-        found["logits"] = model(torch.as_tensor(ids), use_cache=False).logits
-    tensors = {name: np.ascontiguousarray(x.numpy()) for name, x in found.items()}
-    save_file({"input_ids": ids, **tensors}, tmp_path / "port.safetensors", {"map": "transformers", "dtype": "float32"})
+    tensors, about = capture_modules(model, lambda: model(torch.as_tensor(ids), use_cache=False))
+    assert (tensors["input_ids"] == ids).all()
+    assert about["dtype"] == "float32"
+    save_trace(tensors.items(), tmp_path / "port.safetensors", about | {"map": "transformers"})
     matched = match(open_any(tmp_path / "port.safetensors"), load_map("transformers"))
     assert (matched.unmatched, len(matched.found)) == ((), 1 + 13 * 4 + 3)
     ours = load("conformance")
     work = Engine(load_trace(tmp_path / "port.safetensors", ours.config), ours.weights, ours.config)
     assert {i.judged.verdict for i in work.instances} <= set(GOOD)
+
+
+class Sampler(torch.nn.Module):
+    """Return the next token and the scores, as google/gemma_pytorch does."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.argmax(-1), x
+
+
+class Writing(torch.nn.Module):
+    """A model that calls one module twice, and writes into the output of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedder, self.again, self.sampler = torch.nn.Embedding(9, 4), torch.nn.Identity(), Sampler()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedder(tokens)
+        x.mul_(3)
+        return self.sampler(self.again(self.again(x) + 1))[0]
+
+
+def test_outputs_are_copied_at_the_first_call_of_each_module() -> None:
+    model, ids = Writing(), torch.tensor([[2, 5, 8]])
+    tensors, about = capture_modules(model, lambda: model(tokens=ids))
+    rows = model.embedder.weight[ids].detach().numpy()
+    assert list(tensors) == ["input_ids", "embedder", "again", "sampler"]  # token ids are no logits
+    assert (tensors["input_ids"] == [[2, 5, 8]]).all()
+    for name, right in {"embedder": rows, "again": 3 * rows, "sampler": 3 * rows + 1}.items():
+        np.testing.assert_array_equal(tensors[name], right)
+    assert about["dtype"] == "float32"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_call_of_another_model_is_refused() -> None:
+    with pytest.raises(InputError, match="does call run this model"):
+        capture_modules(Writing(), lambda: Writing()(torch.tensor([[2]])))
 
 
 def debugged(folder: Path, dtype: torch.dtype = torch.float32, theta: float = 10000.0, **options: Any) -> None:
