@@ -47,6 +47,11 @@ KERAS = {
     "intermediate_dim": 14336,
 }  # fmt: skip
 Kind = Enum("Kind", ["GLOBAL", "LOCAL_SLIDING"])
+PENZAI = {  # of penzai 0.2.5
+    "num_decoder_blocks": 42, "vocab_size": 256128, "num_kv_heads": 8, "query_head_multiplier": 2,
+    "embedding_dim": 3584, "projection_dim": 256, "mlp_hidden_dim": 14336, "final_logit_softcap": 30.0,
+    "attn_logits_soft_cap": 50.0,
+}  # fmt: skip
 FLAX = {"num_embed": 256128, "embed_dim": 3584, "hidden_dim": 14336, "num_kv_heads": 8}
 
 
@@ -73,6 +78,12 @@ def test_a_models_numbers_get_the_engines_names() -> None:
     exec(WITH_DEFAULT_EPS, namespace)
     preset = vars(namespace["Config"]("gemma-2-9b"))
     assert numbers_for(preset) == CONFORMANCE  # litgpt's preset; its activation keeps litgpt's word
+
+
+def test_penzais_names_are_known() -> None:
+    conformance = [4, 97, 3, 30, 10, 44, 2.0, 3.0]
+    names = [name for name in PENZAI if name != "query_head_multiplier"]  # the number of query heads of a key head
+    assert numbers_for(PENZAI) == dict(zip(names, conformance, strict=True))
 
 
 def test_the_words_for_layer_types_are_the_engines_own() -> None:

@@ -29,12 +29,12 @@ from refgemma.oracle.verdicts import CONFORMS, DIFFERS, INCONCLUSIVE
 # stream in KerasHub, but the width of the feed-forward layer in DeepMind's code, where `embed_dim` is the former.
 FIELD_NAMES = {
     "vocab_size": ("vocab_size", "vocabulary_size", "num_embed"),
-    "hidden_size": ("hidden_size", "embed_dim", "n_embd", "d_model", "model_dim", "dim", "hidden_dim"),
-    "intermediate_size": ("intermediate_size", "intermediate_dim", "ffn_dim", "mlp_dim", "hidden_dim"),
-    "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    "hidden_size": ("hidden_size", "embed_dim", "embedding_dim", "n_embd", "d_model", "model_dim", "dim", "hidden_dim"),
+    "intermediate_size": ("intermediate_size", "intermediate_dim", "ffn_dim", "mlp_dim", "mlp_hidden_dim", "hidden_dim"),
+    "num_hidden_layers": ("num_hidden_layers", "num_layers", "num_decoder_blocks", "n_layer", "n_layers"),
     "num_attention_heads": ("num_attention_heads", "num_heads", "num_query_heads", "n_head", "n_heads"),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_query_groups", "n_kv_heads"),
-    "head_dim": ("head_dim", "head_size", "kv_channels"),
+    "head_dim": ("head_dim", "head_size", "kv_channels", "projection_dim"),
     "query_pre_attn_scalar": ("query_pre_attn_scalar", "attention_scores_scalar"),
     "sliding_window": ("sliding_window", "sliding_window_size", "attn_window_size"),
     "attn_logit_softcapping": (
