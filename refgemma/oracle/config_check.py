@@ -30,7 +30,9 @@ from refgemma.oracle.verdicts import CONFORMS, DIFFERS, INCONCLUSIVE
 FIELD_NAMES = {
     "vocab_size": ("vocab_size", "vocabulary_size", "num_embed"),
     "hidden_size": ("hidden_size", "embed_dim", "embedding_dim", "n_embd", "d_model", "model_dim", "dim", "hidden_dim"),
-    "intermediate_size": ("intermediate_size", "intermediate_dim", "ffn_dim", "mlp_dim", "mlp_hidden_dim", "hidden_dim"),
+    "intermediate_size": (
+        "intermediate_size", "intermediate_dim", "ffn_dim", "mlp_dim", "mlp_hidden_dim", "hidden_dim",
+    ),
     "num_hidden_layers": ("num_hidden_layers", "num_layers", "num_decoder_blocks", "n_layer", "n_layers"),
     "num_attention_heads": ("num_attention_heads", "num_heads", "num_query_heads", "n_head", "n_heads"),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_query_groups", "n_kv_heads"),
