@@ -240,10 +240,10 @@ def capture_transformers(
 def capture_modules(model: Any, call: Callable[[], Any]) -> tuple[dict[str, Array], dict[str, str]]:
     """Run a PyTorch model of any project; return the outputs of its modules, by their own names, and the metadata.
 
-    `refgemma check` reads such a trace with the map of the project, for example ``--map litgpt``. Of several calls of a
-    module, only the first counts, and of several outputs, the first of floating point. The result of `call` is
-    ``logits``, if it is a tensor or has this attribute. ``input_ids`` are the first tensor of integers that a
-    module takes.
+    ``refgemma check`` reads such a trace with the map of the project, for example ``--map litgpt``. Of several calls of
+    a module, only the first counts, and of several outputs, the first of floating point. The result of `call` is
+    ``logits``, if it is a tensor or has this attribute. ``input_ids`` are the first tensor of integers that a module
+    takes.
 
     Parameters
     ----------
