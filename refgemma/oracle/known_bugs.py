@@ -1193,7 +1193,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("rope-positions-skip-pads", "positions do not count padding", TABLES, change_positions(without_pads),
              "transformers' generate does so on purpose; pass position_ids", "left padding", "position_ids"),
     KnownBug("rope-position-from-1", "positions begin at 1", TABLES, change_positions(lambda c: c.call.positions + 1),
-             "google-deepmind/gemma 95475a9", knob="position_ids"),
+             "prime-rl #3466", knob="position_ids"),
     KnownBug("rope-weights-permuted", "rows of q and k are in the order for adjacent pairs",
              ("attention.q", "attention.k"), layer_weights(half_swapped_rows), "llama.cpp's conversion of Llama",
              knob="permutation of q_proj, k_proj"),
@@ -1261,7 +1261,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("cache-length-from-layer-0", "positions stop at the window", TABLES, change_positions(frozen_at_window),
              "transformers #38156", "several calls, beyond the window", "get_seq_length"),
     KnownBug("positions-restart", "positions begin at 0 in every call", TABLES, change_positions(restart_positions),
-             "google-deepmind/gemma 95475a9", "several calls", "position_ids"),
+             "mlx-vlm #1983 (Qwen3-Omni)", "several calls", "position_ids"),
     # other stages
     KnownBug("missing-bos", "the text does not begin with <bos>", ("input_ids",), None,
              "lm-evaluation-harness #2049, llama.cpp #8156", "a text", "add_bos", "stage"),
