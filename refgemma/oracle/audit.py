@@ -19,8 +19,9 @@ from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle import report as reports
 from refgemma.oracle.conformance import SEED, prompts
-from refgemma.oracle.diagnose import Diagnosis, Report, report_on
+from refgemma.oracle.diagnose import Diagnosis, Finding, Report, report_on
 from refgemma.oracle.engine import UNEVEN, Engine
+from refgemma.oracle.estimate import is_significant
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, GOOD, INCONCLUSIVE, NOISY, NOISY_ONLY, UNKNOWN
 from refgemma.precision import Array
@@ -70,8 +71,12 @@ class Assumption:
 
     @property
     def names(self) -> list[str]:
-        """The names of the findings, each once."""
-        return list(dict.fromkeys(finding.named for report in self.reports for finding in report.findings))
+        """The names of the findings, each once; a number that all runs agree on has one name."""
+        found: dict[str, Finding] = {}
+        for finding in (finding for report in self.reports for finding in report.findings):
+            if not any(agree(finding, other) for other in found.values()):
+                found.setdefault(finding.named, finding)
+        return [*found]
 
     @property
     def verdict(self) -> str:
@@ -231,7 +236,9 @@ def _judge_runs(
     """Judge the traces as computed in float32, then in half precision, then with rounded weights, until one explains
     the numbers.
 
-    The slow steps come last: known bugs in half precision and, if nothing fits, estimates and families of bugs.
+    A mistake in a finer precision is tried before a coarser one without a mistake, because the rounding of the coarser
+    one may be larger than the mistake. The slow steps come last: known bugs in half precision and, if nothing fits,
+    families of bugs.
     """
 
     def start(dtype: str, quantised: bool = False) -> tuple[Engine, ...]:
@@ -241,7 +248,7 @@ def _judge_runs(
         )
 
     def read(engines: tuple[Engine, ...], bugs: Sequence[KnownBug] | None = KNOWN_BUGS) -> Assumption:
-        return Assumption(tuple(report_on(one, bugs) for one in engines), engines)
+        return Assumption(tuple(report_on(one, bugs, numbers=True) for one in engines), engines)
 
     plain, rounded, halves = (
         start("float32"),
@@ -250,16 +257,24 @@ def _judge_runs(
     )
     tried = [first := read(plain)]
     if not first.fits:
-        tried += [read(half) for half in halves if are_good(half)][:1]
+        good = [n for n, half in enumerate(halves) if are_good(half)][:1]
+        tried += [read(half) for half in halves[: good[0] + 1]] if good else []
         tried += [behind := read(rounded)]
         if not any(assumption.fits for assumption in tried[:-1]) and (behind.names or not behind.fits):
-            tried[1:1] = [read(half) for half in halves if not are_good(half)]
+            tried[1:1] = [read(half) for half in halves]
     fitting = [assumption for assumption in tried if assumption.fits] or [read(plain, None)]
     lacking = [] if "generated" in traces else ["the generated text ended early; steps with a cache were not judged"]
     if any(assumption.quantised for assumption in fitting) and 0 not in rows:
         lacking.append("the first token has no numbers; so rounded weights look like a mistake in attention")
     return Audit(server.base, server.name, _say_form(asking), tuple(traces), tuple(fitting), *_agree(plain),
                  (*asking.remarks, *lacking))  # fmt: skip
+
+
+def agree(one: Finding, other: Finding) -> bool:
+    """Return True if two findings are the same number of the configuration, with values that do not differ
+    significantly."""
+    pairs = [(a, b) for a in one.estimates for b in other.estimates if a.fits and b.fits and a.parameter == b.parameter]
+    return any(not is_significant(a.value, a.uncertainty + b.uncertainty, b.value) for a, b in pairs)
 
 
 def are_good(engines: Sequence[Engine]) -> bool:
@@ -327,7 +342,7 @@ def _verdict_line(found: Audit) -> str:
             return f"DIFFERS: {best.describe()}" + ("; and something unknown" if UNKNOWN in best.names else "")
         if found.agreeing < OTHER_WEIGHTS * found.rows:
             return "DIFFERS: UNKNOWN; its best words are others, so it probably serves other weights"
-        return "DIFFERS: UNKNOWN; no known bug, precision or quantisation explains it"
+        return "DIFFERS: UNKNOWN; no known bug, other number, precision or quantisation explains it"
     if best.verdict == INCONCLUSIVE:
         return "INCONCLUSIVE: no log probability could be compared"
     return f"{best.verdict.upper()}: it serves this checkpoint; {best.describe()}"

@@ -19,7 +19,7 @@ import numpy as np
 from refgemma.config import Gemma2Config
 from refgemma.oracle import verdicts
 from refgemma.oracle.engine import PRODUCTS, Engine, Instance
-from refgemma.oracle.estimate import Estimate, estimate_parameters
+from refgemma.oracle.estimate import Estimate, changed_number, estimate_parameters, fit_numbers
 from refgemma.oracle.families import (
     WEIGHT_OF_FIELD,
     Place,
@@ -56,6 +56,9 @@ PART_LIMIT = 0.25
 APART = {*NORMS, "attention.q_rot", "attention.k_rot"}
 # Limit of multiplications per finding for trying exchanged weights; takes 1 to 2 s.
 MULTIPLICATIONS = 2e9
+# Weights times tokens up to which numbers of the configuration are fitted, in up to 500 computations of the model.
+# Takes 2 to 10 s for a conformance checkpoint.
+FITTED = 2e8
 # Bugs of code written for Gemma 1, which lacks several features of Gemma 2 at once.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
@@ -87,7 +90,7 @@ class Finding:
         if self.explanations:
             return " or ".join(v.name for v in self.explanations)
         fitting = [e for e in self.estimates if e.fits]
-        return f"{fitting[0].parameter} = {fitting[0].value:.6g}" if fitting else verdicts.UNKNOWN
+        return " or ".join(e.named for e in fitting) or verdicts.UNKNOWN
 
     @property
     def is_rounding(self) -> bool:
@@ -180,9 +183,10 @@ class Report:
 class Diagnosis:
     """Compare a candidate's recorded tensors with the results of known bugs on the candidate's inputs."""
 
-    def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
+    def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None, numbers: bool = False) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
         self.whole = bugs is None  # whether families of bugs and estimates are tried, too
+        self.numbers = numbers or self.whole  # whether numbers are fitted to tensors with unrecorded inputs
         call = self.candidate.call
         trainers = (
             () if call.labels is None else TRAINING_BUGS if call.step is None else (*TRAINING_BUGS, *OPTIMIZER_BUGS)
@@ -493,6 +497,20 @@ class Diagnosis:
                 return found
         return []
 
+    def _find_numbers(self, names: Sequence[str]) -> tuple[Estimate, ...]:
+        """Return other values of numbers of the configuration; each explains all tensors that it affects, some of
+        `names` among them."""
+        weights, tokens = self.engine.context.weights, self.candidate.call.input_ids.size
+        size = sum(math.prod(shape) for shape in list_places(self.engine.context).values())
+        if self.engine.quantised or (size + math.prod(weights.embed_tokens.shape)) * tokens > FITTED:
+            return ()
+        others = [i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.GOOD]
+        fitted = ((e, changed_number(e.parameter, e.value)) for e in fit_numbers(self.engine, names))
+        return tuple(
+            replace(e, fits=True) for e, bug in fitted
+            if self.is_consistent(bug, names) and self.is_consistent(bug, others) is not False
+        )  # fmt: skip
+
     def _is_preflight_bug(self, bug: KnownBug, instance: Instance) -> bool:
         call, kind = self.candidate.call, field_of(instance.tensor)
         match bug.name:
@@ -536,6 +554,8 @@ class Diagnosis:
             if kind.startswith(GRADS):
                 earlier += [v for v in explained if v not in earlier]
                 unknown |= not explained
+            if not explained and first.between and self.numbers and not kind.startswith((GRADS, AFTER)):
+                fitted += self._find_numbers(names) if not any(e.fits for e in fitted) else ()
             if not explained and judged and first.between and not any(e.fits for e in fitted):
                 ranked = self.rank(names[0])
                 closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None
@@ -670,10 +690,13 @@ def looks_quantised(report: Report) -> bool:
     return len({field_of(i.tensor) for i in products}) >= 3 and len(unknown) >= 3 and len(wrong) >= 0.75 * len(products)
 
 
-def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None) -> Report:
-    """Judge all recorded tensors of an engine's candidate; given `bugs`, test only these, and estimate no parameter."""
+def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None, numbers: bool = False) -> Report:
+    """Judge all recorded tensors of an engine's candidate.
+
+    Given `bugs`, test only these; then numbers of the configuration are estimated only if `numbers` is true.
+    """
     candidate, config, override = engine.candidate, engine.config, engine.override
-    work = Diagnosis(engine, bugs)
+    work = Diagnosis(engine, bugs, numbers)
     order = list(engine.usual.table)
     findings = tuple(sorted(work.findings(), key=lambda finding: order.index(finding.instances[0].tensor)))
     if findings and work.whole and (name := findings[0].instances[0].tensor) in candidate.tensors:

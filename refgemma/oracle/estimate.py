@@ -5,6 +5,9 @@ Checked in the tests on recordings, and on runs with random parameters: each est
 The parameter is found by least squares in units of the standard deviation of rounding. It is reported with its own
 standard deviation, widened by the remaining misfit. The estimate fits if only rounding remains. The size of rounding
 depends on the parameter, so it is computed first for the model's value, then for the estimate.
+
+If the inputs of a wrong tensor were not recorded, as in a trace of logits alone, each number of the configuration is
+fitted to the whole span of operations before the tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +19,7 @@ import numpy as np
 from refgemma.config import ConfigError
 from refgemma.heads import log_softmax
 from refgemma.oracle.engine import Engine
-from refgemma.oracle.known_bugs import change_positions, config, scaled_embedding
+from refgemma.oracle.known_bugs import PROBS, TABLES, KnownBug, change_positions, config, scaled_embedding
 from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.spans import Computed, where_compared
 from refgemma.oracle.tolerance import in_decimals
@@ -25,6 +28,7 @@ from refgemma.trace.names import LAYER_NORMS, LOGPROBS, field_of
 
 FITS = 3.0  # root mean square in standard deviations
 STEPS = 40
+UNUSABLE = 1e9  # stands for an error that is not a finite number
 ROUNDS = 3  # rounds of least squares; each computes the standard deviations again
 
 
@@ -39,6 +43,32 @@ class Estimate:
     fits: bool
     near: str = ""  # a known number that agrees with the estimate
 
+    @property
+    def named(self) -> str:
+        """The parameter with its value, as a name of a finding.
+
+        Examples
+        --------
+        >>> Estimate("rope_theta", 20000.3, 2.0, 1e4, True, "20000").named, Estimate("cap", 3.21, 0.0, 3.0, True).named
+        ('rope_theta = 20000', 'cap = 3.21')
+        """
+        return f"{self.parameter} = {self.near if is_number(self.near) else f'{self.value:.6g}'}"
+
+
+def is_number(text: str) -> bool:
+    """Return True if a text is a number.
+
+    Examples
+    --------
+    >>> is_number("1e-5"), is_number("head_dim")
+    (True, False)
+    """
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
 
 TEMPERATURE = "temperature"
 # The parameters that each tensor depends on.
@@ -51,6 +81,17 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "attention.probs": ("sliding_window",),
     LOGPROBS: (TEMPERATURE,),
 } | dict.fromkeys((*LAYER_NORMS, "norm"), ("rms_norm_eps",))
+# The operations that use each number. A number is fitted to a span if it is in the span.
+NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "rope_theta": TABLES, "query_pre_attn_scalar": ("attention.scores",),
+    "attn_logit_softcapping": ("attention.capped",), "final_logit_softcapping": ("logits",),
+    "rms_norm_eps": (*LAYER_NORMS, "norm"), "embedding scale": ("embedded",), "sliding_window": PROBS,
+}  # fmt: skip
+# The powers of 2 by which a number is multiplied to find where least squares begin; steps after which a number that
+# does not leave less than half of the error is given up; and the part of the error that a fitted number may leave.
+# Numbers with other causes leave more, also if a wrong tensor is only slightly wrong.
+POWERS, FIRST_STEPS, NUMBER_LEFT = range(-12, 13), 6, 0.2
+ROUND = 1e-3  # an estimate is taken for a number with two digits if it is so close, and within its uncertainty
 # An estimate counts if it differs from the model's value by this many standard deviations, and leaves at most this part
 # of the mean square error. It is identified with a known number if their relative difference is at most the last value.
 SIGNIFICANT, LEFT, ALIKE = 4.0, 0.25, 0.02
@@ -168,6 +209,60 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], engine: Eng
     return Estimate(parameter, value, uncertainty, expected, fits, _near(parameter, value, uncertainty, context))
 
 
+def changed_number(parameter: str, value: float) -> KnownBug:
+    """Return a bug that uses another value of a number, for every operation of `NUMBERS`."""
+    change = partial(_with, parameter=parameter, value=value)
+    return KnownBug(f"{parameter} = {value:.9g}", f"{parameter} is {value:.6g}", NUMBERS[parameter], change, "")
+
+
+def fit_numbers(engine: Engine, names: Sequence[str]) -> Iterator[Estimate]:
+    """Yield each number of the configuration whose other value leaves little of the error of tensors whose inputs were
+    not recorded.
+
+    Each try computes the tensors again. Whether the rest is rounding is left to the caller.
+    """
+    names = [name for name in names if not engine.is_direct(name)]
+    steps = {field_of(step) for name in names for step in engine.usual.span(name)}
+    for parameter, fields in NUMBERS.items():
+        expected = _read_expected(parameter, engine.context)
+        if expected is None or steps.isdisjoint(fields):
+            continue
+        found = _fit_number(engine, names, parameter, expected)
+        if found is not None and is_significant(found.value, found.uncertainty, expected):
+            yield found
+
+
+def _fit_number(engine: Engine, names: Sequence[str], parameter: str, expected: float) -> Estimate | None:
+    usual, where = engine.usual, [engine.where(name) for name in names]
+
+    @cache
+    def errors(value: float) -> Array:
+        """Return the errors for a value, in standard deviations of the noise."""
+        table = changed_number(parameter, value).table(engine.context, usual.table)
+        computed, parts = usual.edit(table), []
+        for name, seen in zip(names, where, strict=True):
+            with np.errstate(all="ignore"):
+                parts.append(((engine.candidate.tensors[name].numbers - computed.result(name)) / engine.noise(name))[seen])
+        return np.nan_to_num(np.concatenate(parts), nan=UNUSABLE, posinf=UNUSABLE, neginf=-UNUSABLE)
+
+    def misfit(value: float) -> float:
+        return float(np.sqrt(np.mean(errors(value) ** 2)))
+
+    if parameter == "sliding_window":
+        choices = range(1, engine.context.call.input_ids.shape[1] + 1)
+        best = min(map(float, choices), key=misfit)
+        fits = misfit(best) <= NUMBER_LEFT * misfit(expected)
+        return Estimate(parameter, best, 0.0, expected, False) if fits else None
+    value = min((expected * 2.0**n for n in POWERS), key=misfit)
+    for steps, left in ((FIRST_STEPS, 0.5), (STEPS, NUMBER_LEFT)):
+        value, uncertainty = _least_squares(errors, value, steps)
+        if not np.isfinite(uncertainty) or not misfit(value) <= left * misfit(expected):
+            return None
+    return Estimate(
+        parameter, value, uncertainty, expected, False, _near(parameter, value, uncertainty, engine.context)
+    )
+
+
 def _read_expected(parameter: str, context: Context) -> float | None:
     if parameter == "embedding scale":
         return context.embedding_scale()
@@ -179,12 +274,12 @@ def _read_expected(parameter: str, context: Context) -> float | None:
     return None if value is None else float(value)
 
 
-def _least_squares(errors: Callable[[float], Array], start: float) -> tuple[float, float]:
+def _least_squares(errors: Callable[[float], Array], start: float, steps: int = STEPS) -> tuple[float, float]:
     """Return the solution and its standard deviation, by a damped Gauss-Newton method in the parameter's logarithm."""
     log, step = np.log(start), 1e-5
     z = errors(float(np.exp(log)))
     damping = 1e-3
-    for _ in range(STEPS):
+    for _ in range(steps):
         slope = (errors(float(np.exp(log + step))) - z) / step
         curvature = float(slope @ slope)
         if curvature == 0:
@@ -223,4 +318,7 @@ def _near(parameter: str, value: float, uncertainty: float, context: Context) ->
         name for name, number in known.items()
         if abs(value - number) <= min(SIGNIFICANT * uncertainty + 1e-6 * number, ALIKE * number)
     ]  # fmt: skip
-    return close[0] if close else ""
+    if close:
+        return close[0]
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:.6g}" if abs(value - rounded) <= min(SIGNIFICANT * uncertainty, ROUND * value) else ""

@@ -163,7 +163,7 @@ def check(
     closest = [finding.closest[0] for finding in unknown if finding.closest]
     bugs = [v for v in KNOWN_BUGS if v in closest or any(finding.field in v.fields for finding in unknown)]
     others = [assume_dtype(found.candidate, other) for other in HALVES if unknown and other != candidate.dtype]
-    again = [report_on(Engine(one, read_weights(one.dtype), numbers, override), bugs) for one in others]
+    again = [report_on(Engine(one, read_weights(one.dtype), numbers, override), bugs, numbers=True) for one in others]
     if by_name:
         remarks.append("products with weights are judged with the port's own, quantised weights")
     return replace(found, preflight=preflight, remarks=(*found.remarks, *remarks), again=tuple(again))

@@ -20,7 +20,7 @@ from refgemma.config import Gemma2Config
 from refgemma.files import escape, hash_file, pluralise, write_json
 from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
-from refgemma.oracle.estimate import Estimate
+from refgemma.oracle.estimate import Estimate, is_number
 from refgemma.oracle.judge import Statistics
 from refgemma.oracle.known_bugs import KnownBug, edit_config
 from refgemma.oracle.preflight import Preflight
@@ -119,21 +119,6 @@ def estimate_text(e: Estimate) -> str:
     near = f", which is {e.near}" if e.near and not is_number(e.near) else ""
     fit = "" if e.fits else "; this explains only part of the error"
     return f"{e.parameter} seems to be {_with_spread(e)} instead of {e.expected:.6g}{near}{fit}"
-
-
-def is_number(text: str) -> bool:
-    """Return True if a text is a number.
-
-    Examples
-    --------
-    >>> is_number("1e-5"), is_number("head_dim")
-    (True, False)
-    """
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _with_spread(e: Estimate) -> str:

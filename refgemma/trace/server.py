@@ -163,8 +163,8 @@ class Server:
 class Words:
     """The ids of the words in answers.
 
-    A server names a word by its id (``token_id:7``, or ``id`` beside it) or by its text, which needs the model's
-    tokenizer. A text of several ids is left out.
+    A server names a word by its id (``token_id:7``, a number, or ``id`` beside it) or by its text, which needs the
+    model's tokenizer. A text of several ids is left out.
     """
 
     size: int  # of the vocabulary
@@ -183,6 +183,7 @@ class Words:
 
     def find(self, word: Any, number: Any = None) -> int | None:
         """Return the id of a word, or None if it is unknown; `number` is its id, if the answer has it."""
+        number = word if number is None else number  # mistral.rs writes the id in the place of the word
         if isinstance(number, int) and not isinstance(number, bool):
             token = number
         elif not isinstance(word, str):
@@ -194,6 +195,15 @@ class Words:
         if not 0 <= token < self.size:
             raise ServerError(f"the answer has the token {token}; the model has {self.size} tokens")
         return token
+
+    def find_equal(self, record: Mapping[str, Any], found: Mapping[int, float]) -> int | None:
+        """Return the only one of the best words that has a record's text and log probability, or None.
+
+        Several words may have one text: a byte that is no character alone is written as U+FFFD.
+        """
+        text, number = record.get("token"), read_number(record["logprob"])
+        same = [n for n, x in found.items() if x == number and self.tokenizer and self.tokenizer.decode([n]) == text]
+        return same[0] if len(same) == 1 else None
 
 
 def read_number(value: Any) -> float:
@@ -245,7 +255,8 @@ def _read_records(content: list[Any], words: Words) -> Iterator[tuple[int | None
                 raise ServerError(f"logprobs.content has {quote(one)}; it must have a token and a logprob")
             if (token := words.find(one.get("token"), one.get("id"))) is not None:
                 found[token] = read_number(one["logprob"])
-        yield words.find(record.get("token"), record.get("id")), found
+        own = words.find(record.get("token"), record.get("id"))
+        yield words.find_equal(record, found) if own is None else own, found
 
 
 def _read_lists(logprobs: Mapping[str, Any], words: Words) -> Iterator[tuple[int | None, dict[int, float]]]:
