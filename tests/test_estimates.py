@@ -15,12 +15,13 @@ import refgemma
 from refgemma.config import Gemma2Config
 from refgemma.model import forward
 from refgemma.modeling.pretrained import Pretrained
-from refgemma.oracle.diagnose import Diagnosis
+from refgemma.oracle.diagnose import Diagnosis, report_on
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.estimate import Estimate
 from refgemma.oracle.locate import map_errors
 from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.names import named_tensors, save_trace
+from refgemma.weights.parameters import Weights
 
 IDS = np.random.default_rng(3).integers(4, 97, (2, 20))
 MODELS = {dtype: refgemma.load("conformance", dtype) for dtype in ("float32", "bfloat16")}
@@ -120,6 +121,48 @@ def test_an_estimate_is_off_by_no_more_than_it_says(
     # or in bfloat16, where cosines and factors are stored with 8 bits, of 2**-9.
     shared = 2.0**-9 if dtype == "bfloat16" else 16 * 2.0**-24
     assert abs(found.value - value) <= 5 * found.uncertainty + shared * value
+
+
+def named_by_logits(tensors: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the names of the findings, if only the logits are recorded and no known bug may have the name."""
+    model = MODELS["float32"]
+    port = candidate({"logits": tensors["logits"]}, folder, model.config)
+    return [f.named for f in report_on(Engine(port, model.weights, model.config), bugs=(), numbers=True).findings]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"rope_theta": 20000.0, "rope_parameters": None}, "rope_theta = 20000"),
+     ({"query_pre_attn_scalar": 14}, "query_pre_attn_scalar = 14"),
+     ({"attn_logit_softcapping": 3.25}, "attn_logit_softcapping = 3.25"), ({"sliding_window": 5}, "sliding_window = 5"),
+     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30"), ({"rms_norm_eps": 1e-4}, "rms_norm_eps = 0.0001")],
+)  # fmt: skip
+def test_logits_alone_name_a_number(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    [found] = named_by_logits(run(MODELS["float32"], **changes), tmp_path)
+    parameter, value = found.split(" = ")
+    assert parameter == named.split(" = ")[0]
+    # The relative uncertainty of the numbers is 1e-6 to 1e-5.
+    assert float(value) == pytest.approx(float(named.split(" = ")[1]), rel=1e-4)
+
+
+def noisy(weights: Weights, size: float) -> Weights:
+    """Return weights of which one matrix has random errors of a relative size."""
+    layer = weights.layers[1]
+    noise = 1 + size * np.random.default_rng(1).standard_normal(layer.o_proj.shape)
+    changed = replace(layer, o_proj=np.float32(layer.o_proj * noise))
+    return replace(weights, layers=[weights.layers[0], changed, *weights.layers[2:]])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 0.01, 1.0])
+def test_no_number_is_named_for_other_weights(size: float, tmp_path: Path) -> None:
+    model = MODELS["float32"]
+    tensors = dict(named_tensors(forward(IDS, noisy(model.weights, size), model.config)))
+    assert named_by_logits(tensors, tmp_path) in ([], ["UNKNOWN"])
+
+
+def test_two_numbers_are_not_taken_for_one(tmp_path: Path) -> None:
+    tensors = run(MODELS["float32"], rms_norm_eps=1e-4, attn_logit_softcapping=4.0)
+    assert named_by_logits(tensors, tmp_path) == ["UNKNOWN"]
 
 
 # --- where ------------------------------------------------------------------------------------------------------------

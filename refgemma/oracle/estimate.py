@@ -242,7 +242,9 @@ def _fit_number(engine: Engine, names: Sequence[str], parameter: str, expected: 
         computed, parts = usual.edit(table), []
         for name, seen in zip(names, where, strict=True):
             with np.errstate(all="ignore"):
-                parts.append(((engine.candidate.tensors[name].numbers - computed.result(name)) / engine.noise(name))[seen])
+                parts.append(
+                    ((engine.candidate.tensors[name].numbers - computed.result(name)) / engine.noise(name))[seen]
+                )
         return np.nan_to_num(np.concatenate(parts), nan=UNUSABLE, posinf=UNUSABLE, neginf=-UNUSABLE)
 
     def misfit(value: float) -> float:

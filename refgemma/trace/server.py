@@ -33,6 +33,7 @@ SEEDS = 8  # attempts to generate a text that does not end early
 FINE = 9  # decimals; numbers with more are not rounded decimals
 # A log probability is at most 0; servers that round or add in float32 may exceed it by this.
 ABOVE = 1e-3
+SAME = 0.01  # log probabilities of one place in two answers; a temperature changes them more
 LEFT_OUT = -9999.0  # vLLM writes this for minus infinity
 Scores = dict[int, dict[int, float]]  # place of a token -> log probabilities of the next token, by id
 
@@ -301,7 +302,9 @@ class Asking:
     form: Form
     remarks: tuple[str, ...] = ()
 
-    def complete(self, ids: Sequence[int], new: int, seed: int = 0) -> list[tuple[int | None, dict[int, float]]]:
+    def complete(
+        self, ids: Sequence[int], new: int, seed: int = 0, temperature: float = 1.0
+    ) -> list[tuple[int | None, dict[int, float]]]:
         """Return the tokens of an answer to a prompt, each with its log probabilities.
 
         Raises
@@ -310,7 +313,7 @@ class Asking:
             If the server refuses the request, or reads other tokens.
         """
         form = self.form
-        body = {"model": self.server.name, "prompt": self._prompt(ids), "max_tokens": new, "temperature": 1.0,
+        body = {"model": self.server.name, "prompt": self._prompt(ids), "max_tokens": new, "temperature": temperature,
                 "top_p": 1.0, "seed": seed, "logprobs": form.top} | ({"echo": True} if form.echo else {}) | (
                 {"return_tokens_as_token_ids": True} if form.ids else {})  # fmt: skip
         answer = self.server.ask(PATH, body)
@@ -372,22 +375,40 @@ class Asking:
     def generate(self, ids: Sequence[int], new: int) -> tuple[list[int], Scores]:
         """Return a prompt with new tokens, and the row from which each new token was drawn.
 
-        The text may end early. So several seeds are tried, and the longest text is returned.
+        The text may end early, or have a word without an id. So several seeds are tried, and the longest text is
+        returned. The last try is without chance: then each word is one of the best, which have ids. It counts only if
+        the server does not change its log probabilities for it.
         """
         best: tuple[list[int], Scores] = ([*ids], {})
         plain = replace(self, form=replace(self.form, echo=False))
         for seed in range(SEEDS):
-            text, rows = [*ids], {}
-            for token, row in plain.complete(ids, new, seed)[:new]:  # llama-cpp-python may add more
-                rows[len(text) - 1] = row
-                if token is None:
-                    break
-                text.append(token)
+            text, rows = plain._continue(ids, new, seed)
             if len(rows) > len(best[1]):
-                best = text[: max(rows) + 1], rows
+                best = text, rows
             if len(rows) == new:
-                break
+                return best
+        with suppress(ServerError):
+            text, rows = plain._continue(ids, new, 0, temperature=0.0)
+            if len(rows) > len(best[1]) and _is_same(rows, best[1], len(ids) - 1):
+                return text, rows
         return best
+
+    def _continue(self, ids: Sequence[int], new: int, seed: int, temperature: float = 1.0) -> tuple[list[int], Scores]:
+        """Return a prompt with new tokens up to one without an id, and the row from which each was drawn."""
+        text, rows = [*ids], {}
+        for token, row in self.complete(ids, new, seed, temperature)[:new]:  # llama-cpp-python may add more
+            rows[len(text) - 1] = row
+            if token is None:
+                break
+            text.append(token)
+        return text[: max(rows, default=len(ids)) + 1], rows
+
+
+def _is_same(one: Scores, other: Scores, place: int) -> bool:
+    """Return True if the words that both rows of a place have differ by less than `SAME`."""
+    a, b = one.get(place, {}), other.get(place, {})
+    both = a.keys() & b.keys()
+    return bool(both) and all(abs(a[n] - b[n]) < SAME for n in both)
 
 
 def to_text(ids: Sequence[int], tokenizer: Tokenizer) -> str | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import mistakes
@@ -16,7 +18,8 @@ import mistakes
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.conformance import prompts
-from refgemma.oracle.diagnose import diagnose
+from refgemma.oracle.diagnose import diagnose, report_on
+from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import known_bug
 from refgemma.oracle.verdicts import CONFORMS, NOISY_ONLY
 from refgemma.trace.candidate import load_trace
@@ -113,3 +116,42 @@ def test_a_mistake_in_transformers_is_named(name: str, dtype: str, tmp_path: Pat
     assert report.first_divergence is not None
     assert field_of(report.first_divergence.tensor) == known_bug(name).fields[0]
     assert [v.name for v in report.findings[0].explanations] == [name]
+
+
+# Each number's range, in which the logits show it: caps and scores that bend, eps that is a part of the mean square.
+NUMBERS = {
+    "rope_theta": (1e3, 1e6), "query_pre_attn_scalar": (2, 200), "attn_logit_softcapping": (0.5, 20.0),
+    "final_logit_softcapping": (0.5, 20.0), "rms_norm_eps": (1e-5, 1e-2), "sliding_window": (2, 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parameter", NUMBERS)
+@settings(max_examples=3)
+@given(part=st.floats(0.01, 0.99))
+def test_a_number_is_found_in_logits_alone(
+    parameter: str, part: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ours, (low, high) = load("conformance"), NUMBERS[parameter]
+    value = low * (high / low) ** part
+    value = round(value) if isinstance(low, int) else value
+    expected = getattr(ours.config, parameter)
+    assume(abs(value - expected) > 0.01 * expected)
+    config = transformers.AutoConfig.from_pretrained(find_model("conformance"))
+    if parameter == "rope_theta":
+        config.rope_parameters = {"rope_type": "default", "rope_theta": value}
+    setattr(config, parameter, value)
+    model = transformers.Gemma2ForCausalLM.from_pretrained(
+        find_model("conformance"), config=config, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = prompts(ours.config)["plain"].input_ids
+    with torch.no_grad():
+        logits = model(torch.as_tensor(ids)).logits.numpy()
+    path = tmp_path_factory.mktemp("port") / "port.safetensors"
+    save_trace({"input_ids": ids, "logits": logits}.items(), path, {"dtype": "float32"})
+    engine = Engine(load_trace(path, ours.config), ours.weights, ours.config)
+    [finding] = report_on(engine, bugs=(), numbers=True).findings  # no known bug may have the name
+    [found] = finding.estimates
+    assert (found.parameter, found.fits, finding.named) == (parameter, True, found.named)
+    # Five standard deviations; PyTorch's float32 rounding is not independent of place to place, which moves a number
+    # further, by a few units of 2**-24.
+    assert abs(found.value - value) <= 5 * found.uncertainty + 16 * 2.0**-24 * value

@@ -119,6 +119,30 @@ def texts_only(model: Model, tokenizer: Tokenizer, digits: int) -> Answer:
     return answer
 
 
+def mistral_rs(model: Model, tokenizer: Tokenizer, greedy: float = 1.0) -> Answer:
+    """Answer as scoreboard/mistralrs/serve.py: texts, a number for each of the best words, a text for the drawn one.
+
+    `greedy` is a factor on log probabilities at temperature 0, by which some servers may change them.
+    """
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(body["prompt"], str) or body.get("echo"):
+            return {"status": 400, "error": "takes one text"}
+        ids, new = tokenizer.encode(body["prompt"]), body["max_tokens"]
+        tokens, content = [*ids], []
+        for step in range(new):
+            _, rows = model.run(tokens, 0, 0)
+            row = rows[-1] if body["temperature"] else rows[-1] * np.float32(greedy)
+            drawn = int(np.argsort(-row)[0 if body["temperature"] == 0 else 40 + step])
+            top = [{"token": int(n), "logprob": float(row[n])} for n in np.argsort(-row)[: body["logprobs"]]]
+            text = tokenizer.decode([drawn])
+            content.append({"token": text, "logprob": float(row[drawn]), "top_logprobs": top})
+            tokens.append(drawn)
+        return {"choices": [{"logprobs": {"content": content}}], "usage": {"prompt_tokens": len(ids)}}
+
+    return answer
+
+
 @contextmanager
 def serve(
     answer: Answer | bytes, status: int = 200, headers: dict[str, str] | None = None
@@ -242,11 +266,34 @@ def test_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.0035 < quantised[0]["weights_off"] < 0.014  # 8 bits
 
 
-@pytest.mark.slow
-def test_an_unknown_number_is_not_taken_for_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    with serve(vllm(model(rope_theta=20000.0, rope_parameters=None))) as (url, _):
+@pytest.mark.parametrize(
+    ("dtype", "changes", "named"),
+    [("float32", {"rope_theta": 20000.0, "rope_parameters": None}, "rope_theta = 20000"),
+     ("float16", {"query_pre_attn_scalar": 12}, "query_pre_attn_scalar = 12"),
+     ("float32", {"sliding_window": 5}, "sliding_window = 5")],
+)  # fmt: skip
+def test_another_number_is_named(
+    dtype: str, changes: dict[str, Any], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(vllm(model(dtype, **changes))) as (url, _):
         code, found = audit(url, capsys)
-    assert (code, found["verdict"], found["assumptions"][0]["quantised"]) == (1, "differs", False)
+    first = found["assumptions"][0]
+    assert (code, found["verdict"], first["quantised"]) == (1, "differs", False)
+    assert (first["dtype"], first["named"]) == (dtype, [named])
+    assert named in found["says"]
+
+
+def test_a_small_mistake_in_a_fine_precision_is_not_rounding_in_a_coarse_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with serve(vllm(model("float16", query_pre_attn_scalar=13.52))) as (url, _):  # instead of 13
+        code, found = audit(url, capsys)
+    assert [(r["dtype"], r["verdict"]) for r in found["assumptions"][:2]] == [
+        ("float16", "differs"), ("bfloat16", "conforms")
+    ]  # fmt: skip
+    [name] = found["assumptions"][0]["named"]
+    assert name.startswith("query_pre_attn_scalar = 13.5")
+    assert code == 1
 
 
 @pytest.mark.slow
@@ -269,6 +316,21 @@ def test_a_server_that_takes_texts(tmp_path: Path, capsys: pytest.CaptureFixture
             code, found = audit(url, capsys, "--model", str(tmp_path / "small"), "--tokens", "12")
         assert (code, found["form"]) == (expected, "text, repeated prompt"), found["says"]
         assert expected == 0 or found["assumptions"][0]["named"] == ["attn-softcap-missing"]
+
+
+@pytest.mark.parametrize("greedy", [1.0, 0.5])
+def test_a_server_that_names_words_by_numbers(
+    greedy: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = proportions(8)
+    write_conformance(tmp_path / "small", config)
+    small = refgemma.load(tmp_path / "small")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "small")
+    with serve(mistral_rs(Model(config, small.weights), tokenizer, greedy)) as (url, _):
+        code, found = audit(url, capsys, "--model", str(tmp_path / "small"), "--tokens", "16")
+    assert (code, found["form"]) == (0, "text, one token at a time"), found["says"]
+    # Only without chance is each word among those with an id; numbers that this changes are not used.
+    assert ("generated" in found["assumptions"][0]["runs"]) == (greedy == 1.0)
 
 
 def test_the_report_is_short_and_names_the_bug(capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +370,8 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "no number": (record(id=5, token="a"), "must have a token and a logprob"),
     "an id beyond the vocabulary": (record(id=97, token="a", logprob=-1), "the model has 97 tokens"),
     "a negative id": (record(id=-1, token="a", logprob=-1), "the token -1"),
-    "a number for a word": (record(token=5, logprob=-1), "the word 5"),
+    "a list for a word": (record(token=[5], logprob=-1), "the word [5]"),
+    "a truth for a word": (record(token=True, logprob=-1), "the word True"),
     "words without a tokenizer": (record(token="a", logprob=-1), "no tokenizer"),
     "top_logprobs is a number": (logprobs(tokens=["a"], token_logprobs=[-1], top_logprobs=[7]), "top_logprobs has 7"),
     "other tokens are read": (lambda body: {"usage": {"prompt_tokens": 3}}, "read 3 tokens instead of 28"),
