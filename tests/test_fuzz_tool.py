@@ -190,7 +190,7 @@ def test_a_failing_case_is_kept_and_read(tmp_path: Path) -> None:
 
 
 WHOLE = ("configurations", "headers", "indices", "tokenizers", "templates", "generation", "gguf", "adapters", "maps",
-         "eval-texts", "traces", "results")  # fmt: skip
+         "eval-texts", "traces", "results", "dumps")  # fmt: skip
 
 
 @pytest.mark.parametrize("family", WHOLE)

@@ -20,7 +20,7 @@ from refgemma.inputs import InputError
 from refgemma.oracle import report as reports
 from refgemma.oracle.conformance import SEED, prompts
 from refgemma.oracle.diagnose import Diagnosis, Finding, Report, report_on
-from refgemma.oracle.engine import UNEVEN, Engine
+from refgemma.oracle.engine import QUANTISED_LIMIT, UNEVEN, Engine
 from refgemma.oracle.estimate import is_significant
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, GOOD, INCONCLUSIVE, NOISY, NOISY_ONLY, UNKNOWN
@@ -92,7 +92,8 @@ class Assumption:
     @property
     def fits(self) -> bool:
         """True if something known explains every number."""
-        return UNKNOWN not in self.names and self.verdict != INCONCLUSIVE and (not self.quantised or self.is_even)
+        known = UNKNOWN not in self.names and self.verdict != INCONCLUSIVE
+        return known and (not self.quantised or (self.is_even and self.off <= QUANTISED_LIMIT))
 
     @cached_property
     def is_even(self) -> bool:

@@ -454,6 +454,40 @@ def archives(draw: random.Random) -> Case:
     return Case(argv, {"in/config.json": CONFIG, f"in/{name}": content})
 
 
+RECORDED = Path(__file__).resolve().parents[2] / "tests" / "recorded" / "sglang"
+
+
+@functools.cache
+def make_dump() -> tuple[Files, Files]:
+    """Return the files of SGLang's dump among the recorded samples, and those of its model."""
+    files: Files = {}
+    for name in ("config.json", SINGLE):
+        files[name] = run(["conformance", "-o", "@/m", "--head-dim", "8"], {}, f"m/{name}")
+    return {str(path.relative_to(RECORDED)): path.read_bytes() for path in sorted(RECORDED.rglob("*.pt"))}, files
+
+
+def dumps(draw: random.Random) -> Case:
+    """Damage a file of a dump or one entry of it, or leave out, add, exchange or rename files."""
+    dump, model = make_dump()
+    files, chosen = dict(dump), draw.choice(sorted(dump))
+    match draw.randrange(6):
+        case 0 | 1:
+            files[chosen] = damage_bytes(files[chosen], draw)
+        case 2 | 3:
+            with zipfile.ZipFile(io.BytesIO(files[chosen])) as archive:
+                entries = {name: archive.read(name) for name in archive.namelist()}
+            name = draw.choice(sorted(entries))
+            files[chosen] = pack(entries | {name: damage_bytes(entries[name], draw)})
+        case 4:
+            other, content = draw.choice(sorted(dump)), files.pop(chosen)
+            files |= draw.choice([{}, {chosen: files.get(other, b"")}, {chosen.replace("Pass0000", "Pass9"): content}])
+        case _:
+            folder = draw.choice(["TP0_PP0_Rank0_pid1", "TP7_PP0_Rank7_pid1", "TP0_PP1_Rank0_pid1", "TP\u0660_PP0", "a"])
+            files |= {f"{folder}/{Path(chosen).name}": files[chosen]}
+    commands = [["check", "port", "--model", "model"], ["map", "port", "--model", "model"], ["diff", "port", "port"]]
+    return Case(draw.choice(commands), in_folder("port", files) | in_folder("model", model))
+
+
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 NEVER = ("--download", "--scheduler", "--full", "--workers", "--cover")  # networks, minutes
@@ -616,7 +650,7 @@ FAMILIES: dict[str, Family] = {
     "configurations": configurations, "headers": headers, "indices": indices, "tokenizers": tokenizers,
     "templates": templates, "generation": generation, "gguf": gguf, "adapters": adapters, "maps": maps,
     "eval-texts": eval_texts, "traces": traces, "jobs": jobs, "results": results, "pickles": pickles,
-    "archives": archives, "arguments": arguments, "prompts": prompts, "wrong-ports": wrong_ports,
+    "archives": archives, "dumps": dumps, "arguments": arguments, "prompts": prompts, "wrong-ports": wrong_ports,
 }  # fmt: skip
 
 
