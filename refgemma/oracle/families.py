@@ -33,13 +33,18 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "projections": PROJECTIONS, "softmax": ("attention.probs",),
 } | {field: (field,) for field in ("embedded", *LAYER_FIELDS, "norm", "raw_logits")}  # fmt: skip
 
-# Tensors that show a cache in half precision: stored keys and values.
+# Tensors that show a cache in half precision, which are stored keys and values, or a kernel of attention that takes and
+# returns half precision.
 ROUND_TO: Mapping[str, tuple[str, ...]] = {
     "keys-and-values-kept": ("attention.k_rot", "attention.v"), "keys-kept": ("attention.k_rot",),
     "values-kept": ("attention.v",),
+    "inputs-and-result-of-attention": ("attention.q_rot", "attention.k_rot", "attention.v", "attention.mixed"),
 }  # fmt: skip
 
-SEEN_IN_HALF = {"attention": "transformers #26451", "softmax": "optimum-habana #396"}
+SEEN_IN_HALF = {
+    "attention": "transformers #26451", "softmax": "optimum-habana #396",
+    "inputs-and-result-of-attention": "mistral.rs 0.9.5 on CPUs (float16)",
+}  # fmt: skip
 
 
 def _compute_in(op: Operation, storage: str, *inputs: Array) -> Array:
@@ -86,7 +91,7 @@ def parts_in_half(layers: Sequence[int] = ()) -> Iterator[KnownBug]:
             says = f"{stored.replace('-', ' ')} in {storage}{where}; all else is float32"
             yield KnownBug(
                 f"{stored}-in-{short}{where}", says, kept, store_in(storage, kept, layers),
-                "llama.cpp's default (float16)", "float32", "dtype of the cache", "rounding",
+                SEEN_IN_HALF.get(stored, "llama.cpp's default (float16)"), "float32", "dtype of the cache", "rounding",
             )  # fmt: skip
         for operand, word in (("keys", "scores"), ("values", "mixed")):
             yield KnownBug(

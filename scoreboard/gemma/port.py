@@ -65,4 +65,5 @@ def run(loaded, case):
     return found
 
 
-main(load, run, engine=f"gemma {version('gemma')}, jax {version('jax')}")
+if __name__ == "__main__":
+    main(load, run, engine=f"gemma {version('gemma')}, jax {version('jax')}")

@@ -82,6 +82,23 @@ def test_a_mistake_in_one_of_several_places_is_named(
     assert [finding.named for finding in report.findings] == [named]
 
 
+def test_attention_that_takes_and_returns_float16_is_a_way_of_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mistral.rs computes so on CPUs; only the logits are recorded."""
+    half, ours = mistakes.half, load("conformance")
+    monkeypatch.setitem(
+        mistakes.MAKE, "attention-between-halves",
+        mistakes.attends(score=mistakes.score_in_f16, value=half, weigh=lambda w, v: half(torch.matmul(w, v))),
+    )  # fmt: skip
+    prompt = prompts(ours.config)["plain"]
+    candidate = mistakes.port("attention-between-halves", "float32", prompt, tmp_path, ours.config)
+    candidate = replace(candidate, tensors={"logits": candidate.tensors["logits"]})
+    report = diagnose(candidate, ours.weights, ours.config)
+    named = [finding.named for finding in report.findings]
+    assert (report.verdict, named) == (NOISY_ONLY, ["inputs-and-result-of-attention-in-f16"])
+
+
 def test_a_static_cache_has_room_that_is_not_judged(tmp_path: Path) -> None:
     """The scores of transformers' static cache have more keys than there are tokens."""
     ours = load("conformance")

@@ -216,6 +216,13 @@ def test_logits_of_nan_alone_are_invalid(model: Pretrained) -> None:
 ENGINES = Path(__file__).parents[1] / "recorded" / "engine-caches.npz"  # traces of scoreboard/, in part
 
 
+def test_the_log_probabilities_of_mistral_rs_are_rounded_in_attention() -> None:
+    """Its attention on CPUs takes and returns float16, although the model is float32."""
+    found = recorded_report("mistralrs")
+    named = [finding.named for finding in found.findings]
+    assert (found.verdict, named) == (NOISY_ONLY, ["inputs-and-result-of-attention-in-f16"])
+
+
 def recorded_report(engine: str, dtype: str = "float32", **changes: Any) -> Report:
     loaded = refgemma.load("conformance", dtype)
     found = {n.removeprefix(f"{engine}/"): x for n, x in np.load(ENGINES).items() if n.startswith(f"{engine}/")}
