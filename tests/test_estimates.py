@@ -134,8 +134,9 @@ def named_by_logits(tensors: Mapping[str, Any], folder: Path) -> list[str]:
     ("changes", "named"),
     [({"rope_theta": 20000.0, "rope_parameters": None}, "rope_theta = 20000"),
      ({"query_pre_attn_scalar": 14}, "query_pre_attn_scalar = 14"),
-     ({"attn_logit_softcapping": 3.25}, "attn_logit_softcapping = 3.25"), ({"sliding_window": 5}, "sliding_window = 5"),
-     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30"), ({"rms_norm_eps": 1e-4}, "rms_norm_eps = 0.0001")],
+     ({"attn_logit_softcapping": 3.25}, "attn_logit_softcapping = 3.25"),
+     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30"),
+     ({"rms_norm_eps": 1e-4}, "rms_norm_eps = 0.0001"), ({"sliding_window": 5}, "sliding_window = 5")],
 )  # fmt: skip
 def test_logits_alone_name_a_number(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     [found] = named_by_logits(run(MODELS["float32"], **changes), tmp_path)

@@ -174,6 +174,19 @@ def test_a_port_of_the_scoreboard_is_known_and_conforms(
     assert (code, found["verdict"], len(found["tensors"])) == (0, "conforms", matched)
 
 
+def test_the_cap_of_torchtunes_last_norm_is_named(tmp_path: Path) -> None:
+    """Its released code caps the result of the last norm, and the logits are not capped."""
+    tensors = load_file(RECORDED / "torchtune.safetensors")
+    cap, rows = CONFIG.final_logit_softcapping, load("conformance").weights.embed_tokens
+    capped = np.float32(cap * np.tanh(np.float64(tensors["norm.rms_norm"]) / cap))
+    tensors |= dict.fromkeys(("norm", "norm.logit_capping"), capped)
+    tensors["logits"] = np.float32(np.float64(capped) @ np.float64(rows).T)
+    save_file(tensors, tmp_path / "port.safetensors", {"map": "torchtune", "dtype": "float32"})
+    code, found = check(tmp_path / "port.safetensors")
+    named = {finding["tensor"]: finding["named"] for finding in found["findings"]}
+    assert (code, named) == (1, dict.fromkeys(("norm", "logits"), "final-softcap-on-hidden"))
+
+
 # --- vLLM and SGLang --------------------------------------------------------------------------------------------------
 
 

@@ -200,7 +200,7 @@ class Words:
     def find_equal(self, record: Mapping[str, Any], found: Mapping[int, float]) -> int | None:
         """Return the only one of the best words that has a record's text and log probability, or None.
 
-        Several words may have one text: a byte that is no character alone is written as U+FFFD.
+        Several words may have one text: each byte of a longer character is written as U+FFFD.
         """
         text, number = record.get("token"), read_number(record["logprob"])
         same = [n for n, x in found.items() if x == number and self.tokenizer and self.tokenizer.decode([n]) == text]

@@ -22,7 +22,11 @@ def load(folder, dtype, cache=""):
         os.environ["MISTRALRS_CPU_KV_F32"] = "1"
     words = json.loads((folder / "config.json").read_text())["vocab_size"]
     # Its grammars need a decoder of a known kind, although nothing is decoded here.
-    steps = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps = [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},

@@ -482,7 +482,9 @@ def dumps(draw: random.Random) -> Case:
             other, content = draw.choice(sorted(dump)), files.pop(chosen)
             files |= draw.choice([{}, {chosen: files.get(other, b"")}, {chosen.replace("Pass0000", "Pass9"): content}])
         case _:
-            folder = draw.choice(["TP0_PP0_Rank0_pid1", "TP7_PP0_Rank7_pid1", "TP0_PP1_Rank0_pid1", "TP\u0660_PP0", "a"])
+            folder = draw.choice(
+                ["TP0_PP0_Rank0_pid1", "TP7_PP0_Rank7_pid1", "TP0_PP1_Rank0_pid1", "TP\u0660_PP0", "a"]
+            )
             files |= {f"{folder}/{Path(chosen).name}": files[chosen]}
     commands = [["check", "port", "--model", "model"], ["map", "port", "--model", "model"], ["diff", "port", "port"]]
     return Case(draw.choice(commands), in_folder("port", files) | in_folder("model", model))
