@@ -127,6 +127,7 @@ ELSEWHERE = {
     "refgemma check port.safetensors --model conformance --json": ("tests/test_skill.py", "CHECK"),
     "refgemma check port.safetensors --model conformance --card card.json": ("tests/test_skill.py", "CARD"),
     "refgemma audit http://localhost:8000 --model small-gguf": ("tests/strangers/test_audit.py", "def audit("),
+    "refgemma audit http://127.0.0.1:8191 --model small": ("tests/strangers/test_audit.py", "def audit("),
     "refgemma check-config engine/presets.py:gemma2_9b": ("tests/test_config_check.py", "presets.py:gemma2_9b"),
     "refgemma check-config 'engine.config:Config(\"gemma-2-9b\")'": ("tests/test_config_check.py", "engine.config:"),
     ".ci/quick": (".ci/quick", "pytest"),
