@@ -109,7 +109,7 @@ def test_the_page_of_a_wrong_window_shows_its_band_and_values(window: Path, caps
     found = json.loads(capsys.readouterr().out)
     page = page_file.read_text("utf-8")
     assert Tags(page).open == []
-    assert "<h1>One key more than the window</h1>" in page
+    assert "<h1>The window has one key too many</h1>" in page
     first = page[page.index("<h2>The first difference") :]
     picture = first[first.index("<svg") :].split("</svg>")[0]  # the first picture
     (extra,) = re.findall(r'<path class="extra" d="([^"]*)"', picture)

@@ -273,7 +273,7 @@ class Diagnosis:
         return True if touched else None
 
     def explain(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
-        """Return the bugs that explain a finding in every layer and contradict no other tensor."""
+        """Return the listed bugs that explain a finding in every layer and contradict no other tensor."""
         names = [i.tensor for i in finding]
         same_field = [n for n in self.engine.recorded if field_of(n) == field_of(names[0])]
         if finding[0].judged.verdict == verdicts.INVALID:
@@ -285,10 +285,15 @@ class Diagnosis:
                 continue
             if self.is_consistent(v, good) is not False:
                 found.append(v)
-        found = self._choose([v for v in found if v.kind == "mistake"]) or found
-        if names[0].startswith((GRADS, AFTER)):
-            return tuple(found)
-        found = found or [v for v, before in self._others.values() if self.is_consistent(v, names, before)]
+        return tuple(self._choose([v for v in found if v.kind == "mistake"]) or found)
+
+    def search(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
+        """Return families of bugs and combinations that explain a finding; earlier explanations are tried first."""
+        names = [i.tensor for i in finding]
+        if finding[0].judged.verdict == verdicts.INVALID or names[0].startswith((GRADS, AFTER)):
+            return ()
+        good = [i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.GOOD]
+        found = [v for v, before in self._others.values() if self.is_consistent(v, names, before)]
         if self.whole:
             found = found or self._find_part(names) or self._find_in_fewer_places(names, good)
         if finding[0].between:
@@ -500,6 +505,8 @@ class Diagnosis:
     def _find_numbers(self, names: Sequence[str]) -> tuple[Estimate, ...]:
         """Return other values of numbers of the configuration; each explains all tensors that it affects, some of
         `names` among them."""
+        if not names or names[0].startswith((GRADS, AFTER)):
+            return ()
         weights, tokens = self.engine.context.weights, self.candidate.call.input_ids.size
         size = sum(math.prod(shape) for shape in list_places(self.engine.context).values())
         if self.engine.quantised or (size + math.prod(weights.embed_tokens.shape)) * tokens > FITTED:
@@ -551,11 +558,15 @@ class Diagnosis:
                 yield Finding(kind, tuple(wrong), total, where, repeated, fitted, maps)
                 continue
             explained, closest = repeated or self.explain(judged or wrong), None
+            numbers: tuple[Estimate, ...] = ()
+            if not explained and first.between and self.numbers and not any(e.fits for e in fitted):
+                numbers = self._find_numbers(names)
+            if not explained and not numbers:
+                explained = self.search(judged or wrong)
+            fitted += numbers
             if kind.startswith(GRADS):
                 earlier += [v for v in explained if v not in earlier]
                 unknown |= not explained
-            if not explained and first.between and self.numbers and not kind.startswith((GRADS, AFTER)):
-                fitted += self._find_numbers(names) if not any(e.fits for e in fitted) else ()
             if not explained and judged and first.between and not any(e.fits for e in fitted):
                 ranked = self.rank(names[0])
                 closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None
