@@ -113,7 +113,12 @@ LONG = [*SMALL, "--max-steps", "60", "--save-steps", "5", "--learning-rate", "0.
 
 
 def start(arguments: list[str]) -> Any:
-    command = [sys.executable, "-m", "refgemma", *arguments]
+    # A shell makes what it runs in the background ignore SIGINT, and so the tests of such a pytest.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from refgemma.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
