@@ -294,11 +294,15 @@ class Diagnosis:
             return ()
         good = [i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.GOOD]
         found = [v for v, before in self._others.values() if self.is_consistent(v, names, before)]
+        direct = all(self.engine.is_direct(name) for name in names)
         if self.whole:
-            found = found or self._find_part(names) or self._find_in_fewer_places(names, good)
+            found = found or self._find_part(names)
+            if direct:  # another tensor's weight is simpler than a part of a bug that changes several tensors
+                found = found or self._find_weights(names, good)
+            found = found or self._find_in_fewer_places(names, good)
         if finding[0].between:
             found = found or self._find_roundings(names)
-        if self.whole:
+        if self.whole and not direct:
             found = found or self._find_weights(names, good)
         found = found or self._find_pairs(finding) or self._find_gemma_1(finding)
         listed = {v.name for v in self.bugs} | self._others.keys()

@@ -77,6 +77,9 @@ MISPLACED: list[tuple[Edit, str, str]] = [
      "layers.1.mlp.gate_proj instead of layers.3.mlp.up_proj"),
     (put(1, post_feedforward_layernorm=(1, "input_layernorm")), "layers.1.post_feedforward_layernorm",
      "layers.1.input_layernorm instead of layers.1.post_feedforward_layernorm"),
+    # exporter-norms has the same weight there, in all layers.
+    (put(1, post_attention_layernorm=(1, "pre_feedforward_layernorm")), "layers.1.post_attention_layernorm",
+     "layers.1.pre_feedforward_layernorm instead of layers.1.post_attention_layernorm"),
     (lambda layers: [replace(x, k_proj=x.v_proj) for x in layers], "layers.0.attention.k",
      "v_proj instead of k_proj in layers 0, 1, 2, 3"),
 ]  # fmt: skip
