@@ -44,7 +44,7 @@ QUICK = (
 SLOW = {
     "python golden/record.py": "golden/*.safetensors, golden/manifest.json: PyTorch, minutes",
     "python golden/record.py --full 9b": "golden/full/: PyTorch, an hour; likewise 27b",
-    "python golden/mistakes.py --write": "tables of docs/oracle.md: PyTorch, an hour",
+    "python golden/mistakes.py --write": "tables of docs/oracle.md: PyTorch, a quarter of an hour",
     "python tests/law_power.py": "tests/law_power.json and the tables of docs/property-tests.md: hours",
     "python tools/mutation.py": "tools/mutation_results.json and a table of docs/property-tests.md: hours",
     "python tools/documentation_page.py PAGE > tests/documentation_page.json": "PAGE is the text of the page",
