@@ -17,7 +17,7 @@ from refgemma.model import forward
 from refgemma.modeling.pretrained import Pretrained
 from refgemma.oracle.diagnose import Diagnosis, report_on
 from refgemma.oracle.engine import Engine
-from refgemma.oracle.estimate import Estimate
+from refgemma.oracle.estimate import Estimate, fit_numbers
 from refgemma.oracle.locate import map_errors
 from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.names import named_tensors, save_trace
@@ -159,6 +159,28 @@ def test_no_number_is_named_for_other_weights(size: float, tmp_path: Path) -> No
     model = MODELS["float32"]
     tensors = dict(named_tensors(forward(IDS, noisy(model.weights, size), model.config)))
     assert named_by_logits(tensors, tmp_path) in ([], ["UNKNOWN"])
+
+
+@pytest.mark.parametrize("size", [3e-4, 1e-3])
+def test_a_number_that_leaves_more_than_rounding_is_not_named(size: float, tmp_path: Path) -> None:
+    """The number leaves little of the error, because the other mistake is small."""
+    model = MODELS["float32"]
+    config = model.config.changed(rope_theta=20000.0, rope_parameters=None)
+    tensors = dict(named_tensors(forward(IDS, noisy(model.weights, size), config)))
+    port = candidate({"logits": tensors["logits"]}, tmp_path, model.config)
+    engine = Engine(port, model.weights, model.config)
+    assert [e.parameter for e in fit_numbers(engine, ["logits"])] == ["rope_theta"]
+    assert named_by_logits(tensors, tmp_path) == ["UNKNOWN"]
+
+
+def test_numbers_are_tried_before_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families take longer."""
+    monkeypatch.setattr(Diagnosis, "search", lambda self, finding: pytest.fail("a family was tried"))
+    model = MODELS["float32"]
+    logits = run(model, rope_theta=20000.0, rope_parameters=None)["logits"]
+    port = candidate({"logits": logits}, tmp_path, model.config)
+    [found] = report_on(Engine(port, model.weights, model.config)).findings
+    assert found.named == "rope_theta = 20000"
 
 
 def test_two_numbers_are_not_taken_for_one(tmp_path: Path) -> None:
