@@ -435,6 +435,17 @@ def test_a_phone(browser: Browser, file: Path, scheme: str) -> None:
     page.close()
 
 
+def test_a_window_that_becomes_narrow(browser: Browser, file: Path) -> None:
+    """The page is not wider than the window before the large map is drawn again."""
+    page = browser.new_page(viewport={"width": 700, "height": 900})
+    page.add_init_script("addEventListener('resize', event => event.stopImmediatePropagation())")
+    page.goto(file.as_uri())
+    page.wait_for_selector("#next code")
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
+
+
 def test_the_keyboard_reaches_everything(live: Page) -> None:
     unnamed = live.evaluate("""[...document.querySelectorAll('button, select, input, textarea, canvas[role]')].filter(
         e => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim())).length""")
