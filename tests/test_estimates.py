@@ -15,9 +15,10 @@ import refgemma
 from refgemma.config import Gemma2Config
 from refgemma.model import forward
 from refgemma.modeling.pretrained import Pretrained
+from refgemma.oracle import estimate
 from refgemma.oracle.diagnose import Diagnosis, report_on
 from refgemma.oracle.engine import Engine
-from refgemma.oracle.estimate import Estimate, fit_numbers
+from refgemma.oracle.estimate import WITH_EARLIER_TOKENS, Estimate, fit_numbers
 from refgemma.oracle.locate import map_errors
 from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.names import named_tensors, save_trace
@@ -123,10 +124,20 @@ def test_an_estimate_is_off_by_no_more_than_it_says(
     assert abs(found.value - value) <= 5 * found.uncertainty + shared * value
 
 
+def noisy(weights: Weights, size: float, matrix: str = "q_proj") -> Weights:
+    """Return weights of which one matrix has random errors. The first token does not show those of the queries."""
+    layer = weights.layers[1]
+    right = getattr(layer, matrix)
+    wrong = right * (1 + size * np.random.default_rng(1).standard_normal(right.shape))
+    changed = replace(layer, **{matrix: np.float32(wrong)})
+    return replace(weights, layers=[weights.layers[0], changed, *weights.layers[2:]])
+
+
 def named_by_logits(tensors: Mapping[str, Any], folder: Path) -> list[str]:
     """Return the names of the findings, if only the logits are recorded and no known bug may have the name."""
     model = MODELS["float32"]
-    port = candidate({"logits": tensors["logits"]}, folder, model.config)
+    recorded = {name: x for name, x in tensors.items() if name in ("logits", "attention_mask")}
+    port = candidate(recorded, folder, model.config)
     return [f.named for f in report_on(Engine(port, model.weights, model.config), bugs=(), numbers=True).findings]
 
 
@@ -146,12 +157,48 @@ def test_logits_alone_name_a_number(changes: dict[str, Any], named: str, tmp_pat
     assert float(value) == pytest.approx(float(named.split(" = ")[1]), rel=1e-4)
 
 
-def noisy(weights: Weights, size: float) -> Weights:
-    """Return weights of which one matrix has random errors of a relative size."""
-    layer = weights.layers[1]
-    noise = 1 + size * np.random.default_rng(1).standard_normal(layer.o_proj.shape)
-    changed = replace(layer, o_proj=np.float32(layer.o_proj * noise))
-    return replace(weights, layers=[weights.layers[0], changed, *weights.layers[2:]])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"rope_theta": 20000.0, "rope_parameters": None}, "rope_theta = 20000"),
+     ({"query_pre_attn_scalar": 14}, "query_pre_attn_scalar = 14"), ({"sliding_window": 5}, "sliding_window = 5")],
+)  # fmt: skip
+def test_logits_of_padded_texts_name_a_number(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    model = MODELS["float32"]
+    mask = np.ones(IDS.shape, np.int64)
+    mask[0, :6] = 0
+    wrong = forward(IDS, model.weights, model.config.changed(**changes), attention_mask=mask)
+    assert named_by_logits({"logits": wrong.logits, "attention_mask": mask}, tmp_path) == [named]
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 500.0, "rope_parameters": None}, {"query_pre_attn_scalar": 14},
+                                     {"attn_logit_softcapping": 0.5}, {"sliding_window": 1}])  # fmt: skip
+def test_the_first_token_shows_no_number_of_attention(changes: dict[str, Any]) -> None:
+    """So these numbers are not tried if the first token's row is wrong."""
+    right, wrong = run(MODELS["float32"])["logits"], run(MODELS["float32"], **changes)["logits"]
+    assert (wrong[:, 0] == right[:, 0]).all()
+    assert (wrong[:, 1] != right[:, 1]).any()
+    assert set(changes) & set(WITH_EARLIER_TOKENS)
+
+
+@pytest.mark.parametrize("window", [5, 12])
+def test_a_row_shorter_than_both_windows_is_the_same(window: int) -> None:
+    """So only windows that reach the first wrong row are tried."""
+    right, wrong = run(MODELS["float32"])["logits"], run(MODELS["float32"], sliding_window=window)["logits"]
+    same = (wrong == right).all(axis=(0, 2))
+    assert same.argmin() == min(window, MODELS["float32"].config.sliding_window)
+
+
+@pytest.mark.parametrize("matrix", ["o_proj", "q_proj"])
+def test_numbers_that_cannot_explain_the_first_row_are_not_tried(
+    matrix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    model, tried = MODELS["float32"], set()
+    logits = forward(IDS, noisy(model.weights, 1.0, matrix), model.config).logits
+    port = candidate({"logits": logits}, tmp_path, model.config)
+    monkeypatch.setattr(estimate, "_fit_number", lambda engine, names, parameter, *_: tried.add(parameter))
+    assert list(fit_numbers(Engine(port, model.weights, model.config), ["logits"])) == []
+    everywhere = {"final_logit_softcapping", "rms_norm_eps", "embedding scale"}
+    assert tried == (everywhere if matrix == "o_proj" else everywhere | set(WITH_EARLIER_TOKENS))
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-4, 0.01, 1.0])

@@ -224,9 +224,11 @@ class Diagnosis:
         if name in self.blind:  # NaN of an earlier tensor, for example, contradicts no bug
             return True
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
-        if not self.engine.is_direct(name) and name in self.wrong:
-            self._left[bug.name, name] = left = self._measure(name, computed)
-            if bug.kind == "mistake" and not before and left > SPAN_LIMIT * self.engine.override:
+        if not self.engine.is_direct(name):
+            left = self._measure(name, computed)
+            if name in self.wrong:
+                self._left[bug.name, name] = left
+            if bug.kind == "mistake" and not before and SPAN_LIMIT * self.engine.override < left < math.inf:
                 return False  # the same result as `judge`, in less time
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise was measured for the correct model, not for this bug, so only its size is judged.
@@ -287,13 +289,17 @@ class Diagnosis:
                 found.append(v)
         return tuple(self._choose([v for v in found if v.kind == "mistake"]) or found)
 
+    def _repeat(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
+        """Return explanations of earlier findings that are not in the table of known bugs and explain these tensors."""
+        return tuple(v for v, before in self._others.values() if names and self.is_consistent(v, names, before))
+
     def search(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
-        """Return families of bugs and combinations that explain a finding; earlier explanations are tried first."""
+        """Return families of bugs and combinations that explain a finding."""
         names = [i.tensor for i in finding]
         if finding[0].judged.verdict == verdicts.INVALID or names[0].startswith((GRADS, AFTER)):
             return ()
         good = [i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.GOOD]
-        found = [v for v, before in self._others.values() if self.is_consistent(v, names, before)]
+        found: list[KnownBug] = []
         direct = all(self.engine.is_direct(name) for name in names)
         if self.whole:
             found = found or self._find_part(names)
@@ -561,7 +567,7 @@ class Diagnosis:
             if unknown and kind.startswith(GRADS) and first.between:
                 yield Finding(kind, tuple(wrong), total, where, repeated, fitted, maps)
                 continue
-            explained, closest = repeated or self.explain(judged or wrong), None
+            explained, closest = repeated or self.explain(judged or wrong) or self._repeat(names), None
             numbers: tuple[Estimate, ...] = ()
             if not explained and first.between and self.numbers and not any(e.fits for e in fitted):
                 numbers = self._find_numbers(names)

@@ -24,6 +24,7 @@ from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.spans import Computed, where_compared
 from refgemma.oracle.tolerance import in_decimals
 from refgemma.precision import Array
+from refgemma.trace.candidate import first_rows, first_tokens
 from refgemma.trace.names import LAYER_NORMS, LOGPROBS, field_of
 
 FITS = 3.0  # root mean square in standard deviations
@@ -91,6 +92,12 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
 # does not leave less than half of the error is given up; and the part of the error that a fitted number may leave.
 # Numbers with other causes leave more, also if a wrong tensor is only slightly wrong.
 POWERS, FIRST_STEPS, NUMBER_LEFT = range(-12, 13), 6, 0.2
+FIRST_TOKENS = 16  # so many tokens from the first wrong one are enough for the first steps, and take less time
+# Numbers that change nothing in the row of a sequence's first token: it sees only itself, so its attention weight is 1,
+# and position 0 rotates nothing. Scores have a row for it that these numbers change.
+WITH_EARLIER_TOKENS = ("rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window")
+SCORES = ("attention.scores", "attention.capped")
+CERTAIN = 10.0  # a row is certainly wrong if an element is off by this many standard deviations
 ROUND = 1e-3  # an estimate is taken for a number with two digits if it is so close, and within its uncertainty
 # An estimate counts if it differs from the model's value by this many standard deviations, and leaves at most this part
 # of the mean square error. It is identified with a known number if their relative difference is at most the last value.
@@ -223,46 +230,81 @@ def fit_numbers(engine: Engine, names: Sequence[str]) -> Iterator[Estimate]:
     """
     names = [name for name in names if not engine.is_direct(name)]
     steps = {field_of(step) for name in names for step in engine.usual.span(name)}
+    before = _count_tokens_before_errors(engine, names)
     for parameter, fields in NUMBERS.items():
         expected = _read_expected(parameter, engine.context)
-        if expected is None or steps.isdisjoint(fields):
+        if expected is None or steps.isdisjoint(fields) or (before == 0 and parameter in WITH_EARLIER_TOKENS):
             continue
-        found = _fit_number(engine, names, parameter, expected)
+        found = _fit_number(engine, names, parameter, expected, before)
         if found is not None and is_significant(found.value, found.uncertainty, expected):
             yield found
 
 
-def _fit_number(engine: Engine, names: Sequence[str], parameter: str, expected: float) -> Estimate | None:
-    usual, where = engine.usual, [engine.where(name) for name in names]
+def _count_tokens_before_errors(engine: Engine, names: Sequence[str]) -> int:
+    """Return the smallest number of earlier tokens of a row that is certainly wrong; if unknown, of all tokens."""
+    call = engine.context.call
+    earlier, least = np.cumsum(call.visible, axis=1) - 1, call.input_ids.shape[1]
+    if (call.positions[call.visible & (earlier == 0)] != 0).any() or any(field_of(name) in SCORES for name in names):
+        return least
+    for name in names:
+        with np.errstate(all="ignore"):
+            wrong = (np.abs(engine.errors(name)) > CERTAIN * engine.noise(name)) & engine.where(name)
+        rows = wrong.any(axis=(1, -1) if wrong.ndim == 4 else -1)
+        least = min(least, int(earlier[rows].min(initial=least)))
+    return least
 
-    @cache
-    def errors(value: float) -> Array:
-        """Return the errors for a value, in standard deviations of the noise."""
-        table = changed_number(parameter, value).table(engine.context, usual.table)
-        computed, parts = usual.edit(table), []
-        for name, seen in zip(names, where, strict=True):
-            with np.errstate(all="ignore"):
-                parts.append(
-                    ((engine.candidate.tensors[name].numbers - computed.result(name)) / engine.noise(name))[seen]
-                )
-        return np.nan_to_num(np.concatenate(parts), nan=UNUSABLE, posinf=UNUSABLE, neginf=-UNUSABLE)
 
-    def misfit(value: float) -> float:
-        return float(np.sqrt(np.mean(errors(value) ** 2)))
-
+def _fit_number(
+    engine: Engine, names: Sequence[str], parameter: str, expected: float, before: int
+) -> Estimate | None:  # fmt: skip
+    call = engine.context.call
+    errors, seq = _errors_for_values(engine, names, parameter), call.input_ids.shape[1]
     if parameter == "sliding_window":
-        choices = range(1, engine.context.call.input_ids.shape[1] + 1)
-        best = min(map(float, choices), key=misfit)
-        fits = misfit(best) <= NUMBER_LEFT * misfit(expected)
+        # A row with fewer earlier tokens than both windows see is the same for both.
+        choices = [float(window) for window in range(1, seq + 1) if min(window, expected) <= before]
+        best = min(choices, key=lambda window: _rms(errors(window)), default=expected)
+        fits = _rms(errors(best)) <= NUMBER_LEFT * _rms(errors(expected))
         return Estimate(parameter, best, 0.0, expected, False) if fits else None
-    value = min((expected * 2.0**n for n in POWERS), key=misfit)
-    for steps, left in ((FIRST_STEPS, 0.5), (STEPS, NUMBER_LEFT)):
-        value, uncertainty = _least_squares(errors, value, steps)
-        if not np.isfinite(uncertainty) or not misfit(value) <= left * misfit(expected):
+    first_errors = errors
+    if before + FIRST_TOKENS < seq and call.visible.all():
+        some = _errors_for_values(engine, names, parameter, before + FIRST_TOKENS)
+        first_errors = some if _rms(some(expected)) > CERTAIN else errors
+    value = min((expected * 2.0**n for n in POWERS), key=lambda value: _rms(first_errors(value)))
+    for compute, steps, left in ((first_errors, FIRST_STEPS, 0.5), (errors, STEPS, NUMBER_LEFT)):
+        value, uncertainty = _least_squares(compute, value, steps)
+        if not np.isfinite(uncertainty) or not _rms(compute(value)) <= left * _rms(compute(expected)):
             return None
     return Estimate(
         parameter, value, uncertainty, expected, False, _near(parameter, value, uncertainty, engine.context)
     )
+
+
+def _errors_for_values(
+    engine: Engine, names: Sequence[str], parameter: str, tokens: int | None = None
+) -> Callable[[float], Array]:
+    """Return a function of a number's value: the errors in standard deviations of the noise, of all or some tokens."""
+    candidate, context, usual = engine.candidate, engine.context, engine.usual
+    scales = [(n, engine.noise(n), np.broadcast_to(engine.where(n), engine.noise(n).shape)) for n in names]
+    if tokens is not None:
+        candidate = first_tokens(candidate, tokens)
+        context = replace(context, call=candidate.call)
+        usual = Computed(operations(context), candidate)
+        scales = [(name, *(first_rows(name, x, tokens) for x in (noise, where))) for name, noise, where in scales]
+
+    @cache
+    def errors(value: float) -> Array:
+        computed = usual.edit(changed_number(parameter, value).table(context, usual.table))
+        found = []
+        for name, noise, where in scales:
+            with np.errstate(all="ignore"):
+                found.append(((candidate.tensors[name].numbers - computed.result(name)) / noise)[where])
+        return np.nan_to_num(np.concatenate(found), nan=UNUSABLE, posinf=UNUSABLE, neginf=-UNUSABLE)
+
+    return errors
+
+
+def _rms(errors: Array) -> float:
+    return float(np.sqrt(np.mean(errors**2)))
 
 
 def _read_expected(parameter: str, context: Context) -> float | None:

@@ -35,9 +35,9 @@ class Computed:
         """Return this object with the operations of another table; keep computed tensors that do not depend on the
         changes."""
         changed: set[str] = set()
+        recorded = self.candidate.inputs.keys()
         for name, op in table.items():
-            unrecorded = (source for source in op.inputs if source not in self.candidate.inputs)
-            if op is not self.table.get(name) or not changed.isdisjoint(unrecorded):
+            if op is not self.table.get(name) or any(s in changed and s not in recorded for s in op.inputs):
                 changed.add(name)
         kept = {name: x for name, x in self.between.items() if name not in changed}
         return Computed(table, self.candidate, kept)

@@ -609,3 +609,30 @@ def only(candidate: Candidate, names: tuple[str, ...]) -> Candidate:
         return name in names or (layer is not None and f"layers.*.{field_of(name)}" in names)
 
     return replace(candidate, tensors={name: x for name, x in candidate.tensors.items() if is_wanted(name)})
+
+
+def first_tokens(candidate: Candidate, count: int) -> Candidate:
+    """Return the candidate with only the first tokens of each sequence, which later tokens do not change."""
+    call = candidate.call
+    tokens = {n: x[:, :count] for n, x in vars(call).items() if isinstance(x, np.ndarray)}
+    tensors = {
+        name: replace(
+            x, numbers=first_rows(name, x.numbers, count),
+            known=None if x.known is None else first_rows(name, x.known, count),
+        )
+        for name, x in candidate.tensors.items() if field_of(name) in AXES
+    }  # fmt: skip
+    return replace(candidate, call=replace(call, calls=(count,), **tokens), tensors=tensors)
+
+
+def first_rows(name: str, x: Array, count: int) -> Array:
+    """Return the part of a tensor, or of a mask of its elements, for the first tokens.
+
+    Examples
+    --------
+    >>> first_rows("layers.0.attention.probs", np.ones((1, 2, 6, 6)), 4).shape
+    (1, 2, 4, 4)
+    >>> first_rows("logits", np.ones((1, 6, 97)), 4).shape
+    (1, 4, 97)
+    """
+    return x[tuple(slice(count if axis in ("seq", "keys") else None) for axis in axes_of(name).split())]

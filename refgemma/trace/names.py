@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -32,6 +33,7 @@ MOST_NAMES = 40  # names in a list: a model has fewer kinds of tensors, but a fi
 AFTER = "weights.after."  # before the name of a weight: the weight after a step of the optimizer
 
 
+@lru_cache(maxsize=4096)  # a check asks for the same names many thousand times
 def field_of(name: str) -> str:
     """Return ``attention.probs`` for ``layers.3.attention.probs``; gradients keep ``grads.``.
 
