@@ -291,7 +291,9 @@ class Diagnosis:
 
     def _repeat(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
         """Return explanations of earlier findings that are not in the table of known bugs and explain these tensors."""
-        return tuple(v for v, before in self._others.values() if names and self.is_consistent(v, names, before))
+        if not names or names[0].startswith((GRADS, AFTER)):
+            return ()
+        return tuple(v for v, before in self._others.values() if self.is_consistent(v, names, before))
 
     def search(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
         """Return families of bugs and combinations that explain a finding."""

@@ -96,7 +96,7 @@ FIRST_TOKENS = 16  # so many tokens from the first wrong one are enough for the 
 # Numbers that change nothing in the row of a sequence's first token: it sees only itself, so its attention weight is 1,
 # and position 0 rotates nothing. Scores have a row for it that these numbers change.
 WITH_EARLIER_TOKENS = ("rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window")
-SCORES = ("attention.scores", "attention.capped")
+SCORE_FIELDS = ("attention.scores", "attention.capped")
 CERTAIN = 10.0  # a row is certainly wrong if an element is off by this many standard deviations
 ROUND = 1e-3  # an estimate is taken for a number with two digits if it is so close, and within its uncertainty
 # An estimate counts if it differs from the model's value by this many standard deviations, and leaves at most this part
@@ -243,8 +243,9 @@ def fit_numbers(engine: Engine, names: Sequence[str]) -> Iterator[Estimate]:
 def _count_tokens_before_errors(engine: Engine, names: Sequence[str]) -> int:
     """Return the smallest number of earlier tokens of a row that is certainly wrong; if unknown, of all tokens."""
     call = engine.context.call
-    earlier, least = np.cumsum(call.visible, axis=1) - 1, call.input_ids.shape[1]
-    if (call.positions[call.visible & (earlier == 0)] != 0).any() or any(field_of(name) in SCORES for name in names):
+    earlier, least = np.cumsum(call.visible, axis=1) - 1, int(call.input_ids.shape[1])
+    later = (call.positions[call.visible & (earlier == 0)] != 0).any()  # the first token is not at position 0
+    if later or any(field_of(name) in SCORE_FIELDS for name in names):
         return least
     for name in names:
         with np.errstate(all="ignore"):
@@ -289,16 +290,17 @@ def _errors_for_values(
         candidate = first_tokens(candidate, tokens)
         context = replace(context, call=candidate.call)
         usual = Computed(operations(context), candidate)
-        scales = [(name, *(first_rows(name, x, tokens) for x in (noise, where))) for name, noise, where in scales]
+        scales = [(n, first_rows(n, noise, tokens), first_rows(n, where, tokens)) for n, noise, where in scales]
 
     @cache
     def errors(value: float) -> Array:
         computed = usual.edit(changed_number(parameter, value).table(context, usual.table))
-        found = []
+        parts = []
         for name, noise, where in scales:
             with np.errstate(all="ignore"):
-                found.append(((candidate.tensors[name].numbers - computed.result(name)) / noise)[where])
-        return np.nan_to_num(np.concatenate(found), nan=UNUSABLE, posinf=UNUSABLE, neginf=-UNUSABLE)
+                parts.append(((candidate.tensors[name].numbers - computed.result(name)) / noise)[where])
+        found: Array = np.nan_to_num(np.concatenate(parts), nan=UNUSABLE, posinf=UNUSABLE, neginf=-UNUSABLE)
+        return found
 
     return errors
 

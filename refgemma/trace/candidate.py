@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -614,7 +615,7 @@ def only(candidate: Candidate, names: tuple[str, ...]) -> Candidate:
 def first_tokens(candidate: Candidate, count: int) -> Candidate:
     """Return the candidate with only the first tokens of each sequence, which later tokens do not change."""
     call = candidate.call
-    tokens = {n: x[:, :count] for n, x in vars(call).items() if isinstance(x, np.ndarray)}
+    tokens: Any = {n: x[:, :count] for n, x in vars(call).items() if isinstance(x, np.ndarray)}
     tensors = {
         name: replace(
             x, numbers=first_rows(name, x.numbers, count),
