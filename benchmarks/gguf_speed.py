@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from refgemma.gguf import FORMATS, Gguf, GgufTensor
-from refgemma.weights.gguf import locate
+from refgemma.weights.gguf_weights import locate
 
 SHAPE = (14336, 3584)  # up_proj
 

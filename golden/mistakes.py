@@ -29,11 +29,11 @@ from transformers.models.gemma2 import modeling_gemma2 as modeling
 
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import Pretrained, load
-from refgemma.oracle.conformance import Prompt, prompts
 from refgemma.oracle.diagnose import Diagnosis, Report, diagnose
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.families import list_families
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
+from refgemma.oracle.prompts import Prompt, prompts
 from refgemma.oracle.verdicts import CONFORMS
 from refgemma.trace.candidate import load_trace, only
 from refgemma.trace.capture import capture_transformers

@@ -43,7 +43,11 @@ MOVED = {
     "oracle.tracefile": "trace.reader", "oracle.evaltext": "trace.evaltext", "oracle.mapping": "trace.name_maps",
     "oracle.capture": "trace.capture", "oracle.candidate": "trace.candidate", "oracle.jobs": "sweep.jobs",
     "oracle.sweep": "sweep.runner", "oracle.tally": "sweep.tally", "oracle.commands": "cli.candidates",
-    "testing.goldens": "testing.recordings", "text": "tokenizer",
+    "testing.goldens": "testing.recordings", "text": "tokenizer", "weights.adapters": "weights.peft_adapters",
+    "weights.gguf": "weights.gguf_weights", "weights.names": "weights.library_names",
+    "convert.gguf": "convert.gguf_writer", "oracle.conformance": "oracle.prompts",
+    "goldens.gradients": "goldens.recorded_gradients", "trace.gradients": "trace.gradient_names",
+    "trace.optimizer": "trace.step_numbers", "teach.exercises.training": "teach.exercises.learning",
 }  # fmt: skip
 
 

@@ -189,7 +189,7 @@ def write_cases(folder: str, names: Iterable[str]) -> list[dict[str, Any]]:
     """Return the cases for a checkpoint: those of `refgemma prompts`, a short one, and one of single steps."""
     sys.path.insert(0, str(ROOT))
     import refgemma as package
-    from refgemma.oracle.conformance import prompts
+    from refgemma.oracle.prompts import prompts
 
     config = package.load(folder).config
     given = prompts(config)

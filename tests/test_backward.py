@@ -28,7 +28,7 @@ from refgemma.inputs import InputError
 from refgemma.model import forward
 from refgemma.ops import gelu_tanh
 from refgemma.precision import BF16, as_dtype, bf16
-from refgemma.trace.gradients import named_gradients
+from refgemma.trace.gradient_names import named_gradients
 from refgemma.trace.names import named_tensors
 from refgemma.weights.parameters import Score, tensor_shapes, weights_of
 

@@ -13,7 +13,8 @@ from refgemma import backward
 from refgemma.activations_backward import ACTIVATIONS_BACKWARD
 from refgemma.backward import compute_gradients
 from refgemma.config import Gemma2Config
-from refgemma.goldens.gradients import (
+from refgemma.goldens.load import GoldenError, golden_folder, model_of
+from refgemma.goldens.recorded_gradients import (
     GRADIENT_PRECISIONS,
     gradient_cases,
     load_gradients,
@@ -23,11 +24,10 @@ from refgemma.goldens.gradients import (
     verify_activations,
     verify_gradients,
 )
-from refgemma.goldens.load import GoldenError, golden_folder, model_of
 from refgemma.ops import softmax
 from refgemma.oracle.backward_operations import cap_tolerance, norm_tolerance, norm_weight_tolerance
 from refgemma.precision import wide
-from refgemma.trace.gradients import named_gradients
+from refgemma.trace.gradient_names import named_gradients
 from refgemma.training.gradients import recompute_gradients
 from refgemma.weights.parameters import tensor_shapes
 
@@ -117,7 +117,7 @@ def test_a_damaged_recording_is_refused(tmp_path: Any, monkeypatch: pytest.Monke
     whole = golden_folder() / "gradients"
     (folder / "manifest.json").write_bytes((whole / "manifest.json").read_bytes())
     (folder / "no-caps.safetensors").write_bytes((whole / "no-caps.safetensors").read_bytes()[:-1])
-    monkeypatch.setattr("refgemma.goldens.gradients.golden_folder", lambda: tmp_path)
+    monkeypatch.setattr("refgemma.goldens.recorded_gradients.golden_folder", lambda: tmp_path)
     with pytest.raises(GoldenError, match=r"no-caps\.safetensors: is not the file.*record\.py --gradients"):
         load_gradients("no-caps")
 

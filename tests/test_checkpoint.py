@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import RefgemmaError
 from refgemma.precision import Array, dtype_name
-from refgemma.weights import names
+from refgemma.weights import library_names
 from refgemma.weights import stored as module
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
 from refgemma.weights.parameters import tensor_shapes
@@ -411,7 +411,7 @@ def test_a_tied_head_may_be_stored_again(tmp_path: Path, write: Any) -> None:
 @pytest.mark.parametrize("row", [0, 33, 60])
 def test_a_head_of_its_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     monkeypatch.setattr(
-        names, "NUMBERS_AT_ONCE", 24 * 7
+        library_names, "NUMBERS_AT_ONCE", 24 * 7
     )  # seven rows, so that `row` is in the first, a middle, the last block
     tensors = random_tensors()
     head = tensors[EMBED].copy()

@@ -11,8 +11,8 @@ from refgemma.cli.main import main
 from refgemma.generation.greedy import greedy
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES, cover, detect, list_undetected
+from refgemma.oracle.prompts import prompts
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.conformance import VOCABULARY, make_tokenizer, proportions, write_conformance
 

@@ -12,9 +12,9 @@ from refgemma.cli.main import main
 from refgemma.goldens.load import load_golden
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import Detected, cover, run_prompt, write_prompts
 from refgemma.oracle.known_bugs import known_bug
+from refgemma.oracle.prompts import prompts
 from refgemma.trace.names import save_trace
 from refgemma.weights.conformance import CONFIG
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from refgemma.cli.main import main
 from refgemma.cli.output import MISUSE, OK
 from refgemma.convert import convert as conversion
-from refgemma.convert import gguf
+from refgemma.convert import gguf_writer
 from refgemma.errors import RefgemmaError
 from refgemma.files import lock_folder
 from refgemma.hub import find_model
@@ -61,7 +61,7 @@ def test_nothing_is_in_place_before_it_is_compared(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        for module in (conversion, gguf):
+        for module in (conversion, gguf_writer):
             patch.setattr(module, "check_same", stop)
         patch.setattr("refgemma.weights.save.check_same", stop)
         assert main(command) == 130

@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import conftest
@@ -62,6 +63,12 @@ def test_every_folder_is_a_package() -> None:
     assert folders <= {Path(file).parent.as_posix() for file in FILES if file.endswith("__init__.py")}
 
 
+def test_no_two_files_have_one_name() -> None:
+    """A reader names a file without its folder."""
+    files = Counter(path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    assert [name for name, count in files.items() if count > 1] == []
+
+
 def test_the_model_is_read_in_one_sitting() -> None:
     # Code only: explanation is what makes it readable, and costs nothing here.
     lines = {name: code_lines((PACKAGE / f"{name}.py").read_text("utf-8")) for name in ("ops", "layers", "model")}
@@ -96,7 +103,7 @@ def test_the_first_calls_of_a_test_are_checked(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_a_module_of_version_0_1_says_its_present_name(old: str) -> None:
+def test_a_module_of_an_earlier_version_says_its_present_name(old: str) -> None:
     with pytest.raises(ModuleNotFoundError, match=f"^refgemma.{old} is now refgemma.{MOVED[old]}$"):
         importlib.import_module(f"refgemma.{old}")
     importlib.import_module(f"refgemma.{MOVED[old]}")

@@ -26,7 +26,6 @@ from refgemma.oracle.audit import as_json as audit_json
 from refgemma.oracle.audit import audit, text_lines
 from refgemma.oracle.config_check import check_preset, preset_json
 from refgemma.oracle.config_check import lines as config_lines
-from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES as PRECISIONS
 from refgemma.oracle.coverage import Detected, cover, detect, list_undetected, write_prompts
 from refgemma.oracle.coverage import as_json as prompts_json
@@ -39,6 +38,7 @@ from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.page import render_report
 from refgemma.oracle.pipeline import check, read_candidate, run_backend
+from refgemma.oracle.prompts import prompts
 from refgemma.oracle.repro import make_repro
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, FAILED, INCONCLUSIVE

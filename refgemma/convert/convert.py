@@ -21,7 +21,7 @@ import numpy as np
 
 from refgemma.config import PRESETS, Gemma2Config
 from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
-from refgemma.convert.gguf import check_model, gguf_layout, write_gguf
+from refgemma.convert.gguf_writer import check_model, gguf_layout, write_gguf
 from refgemma.convert.layouts import (
     LITGPT_EMBEDDING,
     ROWWISE,
@@ -39,7 +39,6 @@ from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, refuse_links
 from refgemma.precision import Array
 from refgemma.tokenizer.gguf_tokenizer import has_tokens
 from refgemma.tokenizer.tokenizer import Tokenizer
-from refgemma.weights.adapters import ADAPTER_MODEL, PICKLED_ADAPTER
 from refgemma.weights.checkpoint import (
     INDEX,
     SINGLE,
@@ -49,8 +48,9 @@ from refgemma.weights.checkpoint import (
     read_files,
     read_shards,
 )
-from refgemma.weights.names import has_other_numbers, match_names
+from refgemma.weights.library_names import has_other_numbers, match_names
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD
+from refgemma.weights.peft_adapters import ADAPTER_MODEL, PICKLED_ADAPTER
 from refgemma.weights.save import (
     FILE_DTYPES,
     STAGING,

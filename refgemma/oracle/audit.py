@@ -18,11 +18,11 @@ from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle import report as reports
-from refgemma.oracle.conformance import SEED, prompts
 from refgemma.oracle.diagnose import Diagnosis, Finding, Report, report_on
 from refgemma.oracle.engine import QUANTISED_LIMIT, UNEVEN, Engine
 from refgemma.oracle.estimate import is_significant
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
+from refgemma.oracle.prompts import SEED, prompts
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, GOOD, INCONCLUSIVE, NOISY, NOISY_ONLY, UNKNOWN
 from refgemma.precision import Array
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError

@@ -14,10 +14,10 @@ from typing import Any
 
 from refgemma.config import Gemma2Config
 from refgemma.files import replace_file, write_json
-from refgemma.oracle.conformance import Prompt, prompts
 from refgemma.oracle.diagnose import Diagnosis
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
+from refgemma.oracle.prompts import Prompt, prompts
 from refgemma.precision import Array
 from refgemma.trace.candidate import candidate_of
 from refgemma.trace.names import run_calls, save_trace

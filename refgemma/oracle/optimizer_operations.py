@@ -15,7 +15,7 @@ from refgemma.oracle.operations import Context, Operation
 from refgemma.oracle.tolerance import Tolerance, U, tolerance
 from refgemma.precision import Array, as_float64
 from refgemma.trace.names import AFTER, GRADS
-from refgemma.trace.optimizer import StepNumbers
+from refgemma.trace.step_numbers import StepNumbers
 from refgemma.training.optimizer import decays
 from refgemma.weights.parameters import named_weights, tensor_shapes
 

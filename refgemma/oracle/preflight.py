@@ -26,7 +26,7 @@ from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY, UNKNO
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.reader import Entry, open_safetensors
-from refgemma.weights.gguf import read_gguf_model
+from refgemma.weights.gguf_weights import read_gguf_model
 from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 
 HEAD_WEIGHT = "lm_head.weight"

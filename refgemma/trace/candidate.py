@@ -26,8 +26,8 @@ from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.trace.name_maps import GIVEN, axis_lengths, open_trace
 from refgemma.trace.names import AFTER, AXES, FIELDS, GRADS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
-from refgemma.trace.optimizer import MOMENTS, StepNumbers, read_step_numbers
 from refgemma.trace.reader import Entry, TraceFile
+from refgemma.trace.step_numbers import MOMENTS, StepNumbers, read_step_numbers
 from refgemma.weights.parameters import tensor_shapes
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}

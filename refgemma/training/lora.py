@@ -18,8 +18,8 @@ from refgemma.files import replace_file
 from refgemma.hub import ADAPTER_CONFIG
 from refgemma.precision import Array
 from refgemma.training.optimizer import TrainingError
-from refgemma.weights.adapters import ADAPTER_MODEL
 from refgemma.weights.parameters import layer_tensors
+from refgemma.weights.peft_adapters import ADAPTER_MODEL
 
 PEFT_PREFIX = "base_model.model."  # prefix of each name in PEFT
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -103,8 +103,8 @@ class Lora:
     def merge(self, base: Mapping[str, Array], adapter: Mapping[str, Array], config: Gemma2Config) -> dict[str, Array]:
         """Return all weights; each weight with an adapter is ``W + scale * B @ A``.
 
-        The sum is computed in float64 and rounded once, as when ``refgemma.weights.adapters`` reads the folder. So the
-        merged weights in training equal the merged weights that are read later.
+        The sum is computed in float64 and rounded once, as when ``refgemma.weights.peft_adapters`` reads the folder. So
+        the merged weights in training equal the merged weights that are read later.
         """
         merged = dict(base)
         for name, a, b in self.names(config):

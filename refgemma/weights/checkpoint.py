@@ -22,10 +22,9 @@ from refgemma.config import Gemma2Config
 from refgemma.files import open_tensors, quote, quote_few, read_object
 from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, ModelNameError, find_model, refuse_links
 from refgemma.precision import Array
-from refgemma.weights.adapters import ADAPTER_MODEL, PICKLED_ADAPTER, Changed, merge_adapter, read_adapter_config
-from refgemma.weights.gguf import read_gguf_model
+from refgemma.weights.gguf_weights import read_gguf_model
 from refgemma.weights.initial import fits_in_memory
-from refgemma.weights.names import check_score, match_names
+from refgemma.weights.library_names import check_score, match_names
 from refgemma.weights.parameters import (
     EMBED_TOKENS,
     LM_HEAD,
@@ -37,6 +36,7 @@ from refgemma.weights.parameters import (
     Weights,
     layer_tensors,
 )
+from refgemma.weights.peft_adapters import ADAPTER_MODEL, PICKLED_ADAPTER, Changed, merge_adapter, read_adapter_config
 from refgemma.weights.quantised import RAW_DTYPES, Dequantised, dequantise
 from refgemma.weights.stored import REMEDY as REMEDY
 from refgemma.weights.stored import CheckpointError as CheckpointError

@@ -36,7 +36,7 @@ from refgemma.ops import inverse_frequencies
 from refgemma.oracle.tolerance import ulp
 from refgemma.precision import as_dtype, bf16, dtype_name
 from refgemma.trace.capture import capture_transformers, catch_tensors, in_heads
-from refgemma.trace.gradients import named_gradients
+from refgemma.trace.gradient_names import named_gradients
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Score, weights_of
 

@@ -17,10 +17,10 @@ import mistakes
 
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.conformance import prompts
 from refgemma.oracle.diagnose import diagnose, report_on
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import known_bug
+from refgemma.oracle.prompts import prompts
 from refgemma.oracle.verdicts import CONFORMS, NOISY_ONLY
 from refgemma.trace.candidate import load_trace
 from refgemma.trace.names import field_of, save_trace

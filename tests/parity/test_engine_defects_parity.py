@@ -13,8 +13,8 @@ from test_engine_defects import DEFECTS, Defect
 from test_tolerance_exact import NOT_VACUOUS
 
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.conformance import prompts
 from refgemma.oracle.diagnose import diagnose
+from refgemma.oracle.prompts import prompts
 from refgemma.oracle.verdicts import CONFORMS
 
 

@@ -9,10 +9,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import mistakes
 
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import detect
 from refgemma.oracle.diagnose import Diagnosis
 from refgemma.oracle.engine import Engine
+from refgemma.oracle.prompts import prompts
 
 
 @pytest.mark.parametrize(("prompt", "dtype"), [("padded", "float32"), ("cached", "bfloat16")])

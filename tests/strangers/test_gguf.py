@@ -25,7 +25,7 @@ from refgemma.precision import as_dtype
 from refgemma.tokenizer.sentencepiece_model import read_model
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
-from refgemma.weights.gguf import gguf_names
+from refgemma.weights.gguf_weights import gguf_names
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.save import OutputTensor, write_checkpoint
 

@@ -24,7 +24,7 @@ from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.oracle.verdicts import BLIND, CONFORMS, DIFFERS, EXACT, PASS
 from refgemma.trace.candidate import candidate_of
-from refgemma.trace.gradients import named_gradients
+from refgemma.trace.gradient_names import named_gradients
 from refgemma.trace.names import LAYER_FIELDS, named_tensors, save_trace
 from refgemma.weights.parameters import layer_tensors, named_weights
 

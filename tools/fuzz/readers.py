@@ -43,7 +43,7 @@ from refgemma.trace.candidate import load_trace
 from refgemma.trace.name_maps import apply_map, load_map, open_trace
 from refgemma.trace.reader import Entry, TraceFile
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
-from refgemma.weights.gguf import gguf_names
+from refgemma.weights.gguf_weights import gguf_names
 from refgemma.weights.save import OutputTensor
 
 SMALL = Gemma2Config(

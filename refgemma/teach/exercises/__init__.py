@@ -19,6 +19,11 @@ from refgemma.teach.exercises import solutions
 from refgemma.teach.exercises.feedback import Feedback
 from refgemma.teach.exercises.grading import SeedError, Unsolved, check_seeded, require
 from refgemma.teach.exercises.guide import ProgressError, hint, progress
+from refgemma.teach.exercises.learning import (
+    check_mean_gradient,
+    check_rms_norm_backward,
+    check_soft_cap_backward,
+)
 from refgemma.teach.exercises.single_operations import (
     check_attention_probs,
     check_embed,
@@ -33,11 +38,6 @@ from refgemma.teach.exercises.single_operations import (
     check_soft_cap,
 )
 from refgemma.teach.exercises.stories import PlayError, Story, play, save_port
-from refgemma.teach.exercises.training import (
-    check_mean_gradient,
-    check_rms_norm_backward,
-    check_soft_cap_backward,
-)
 from refgemma.teach.exercises.whole_model import (
     check_causality_test,
     check_diagnosis,

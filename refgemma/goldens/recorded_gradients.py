@@ -33,7 +33,7 @@ from refgemma.hub import golden_folder
 from refgemma.oracle.judge import distance_from, ratio
 from refgemma.oracle.tolerance import UNDERFLOW, U, ulp
 from refgemma.precision import Array, as_dtype, as_float64
-from refgemma.trace.gradients import named_gradients
+from refgemma.trace.gradient_names import named_gradients
 from refgemma.weights.parameters import SCORE_BIAS, SCORE_WEIGHT, Score, Weights
 
 RECORD_AGAIN = "record it again with: python golden/record.py --gradients"

@@ -8,7 +8,7 @@ import numpy as np
 
 from refgemma import backward as back
 from refgemma import ops
-from refgemma.goldens.gradients import recorded_operations
+from refgemma.goldens.recorded_gradients import recorded_operations
 from refgemma.oracle import training_bugs as bugs
 from refgemma.oracle.backward_operations import cap_tolerance, norm_tolerance, norm_weight_tolerance
 from refgemma.precision import Array

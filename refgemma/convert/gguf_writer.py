@@ -21,7 +21,7 @@ from refgemma.gguf import IDS, NUMBERS, SIZES, Gguf, GgufTensor, config_fields, 
 from refgemma.tokenizer.added_tokens import SPACE
 from refgemma.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, UNUSED, USER_DEFINED
 from refgemma.tokenizer.tokenizer import Tokenizer
-from refgemma.weights.gguf import gguf_names, locate
+from refgemma.weights.gguf_weights import gguf_names, locate
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.save import OutputTensor, check_same
 from refgemma.weights.stored import CheckpointError

@@ -16,7 +16,7 @@ from refgemma.config import Gemma2Config
 from refgemma.files import quote, quote_few, read_object
 from refgemma.hub import ADAPTER_CONFIG
 from refgemma.precision import Array, as_dtype
-from refgemma.weights.names import has_other_numbers
+from refgemma.weights.library_names import has_other_numbers
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, SCORE_BIAS, SCORE_WEIGHT
 from refgemma.weights.stored import REMEDY, CheckpointError, ComputedRows, Stored
 
