@@ -192,7 +192,7 @@ class Diagnosis:
             () if call.labels is None else TRAINING_BUGS if call.step is None else (*TRAINING_BUGS, *OPTIMIZER_BUGS)
         )
         self.bugs = (*KNOWN_BUGS, *trainers) if bugs is None else tuple(bugs)
-        self._fits: dict[tuple[str, str], bool] = {}
+        self._fits: dict[tuple[str, str], bool | None] = {}  # the results of `fits`; None for a tensor without the bug
         self._left: dict[tuple[str, str], float] = {}
         self._parts: list[KnownBug] = []  # parts in half precision already tried
         # Explanations that are not in the table of known bugs, such as pairs; of a pair, the results of one bug alone.
@@ -261,18 +261,17 @@ class Diagnosis:
         names = self.engine.recorded if names is None else names
         if not any(bug.is_in(step) for name in names for step in self.usual.span(name)):
             return None  # without making the operations with the bug, which takes longer
-        computed = self.read(bug)
-        touched = False
+        computed, found = None, []
         for name in names:
-            if all(computed.table[step] is self.usual.table[step] for step in computed.span(name)):
-                continue
-            touched = True
             key = bug.name, name
             if before or key not in self._fits:
-                self._fits[key] = self.fits(name, computed, bug, before)
-            if not self._fits[key]:
+                computed = computed or self.read(bug)
+                touched = any(computed.table[step] is not self.usual.table[step] for step in computed.span(name))
+                self._fits[key] = self.fits(name, computed, bug, before) if touched else None
+            if self._fits[key] is False:
                 return False
-        return True if touched else None
+            found.append(self._fits[key])
+        return True if True in found else None
 
     def explain(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
         """Return the listed bugs that explain a finding in every layer and contradict no other tensor."""
