@@ -19,6 +19,7 @@ from refgemma.oracle import estimate
 from refgemma.oracle.diagnose import Diagnosis, report_on
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.estimate import WITH_EARLIER_TOKENS, Estimate, fit_numbers
+from refgemma.oracle.known_bugs import KnownBug, function
 from refgemma.oracle.locate import map_errors
 from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.names import named_tensors, save_trace
@@ -218,6 +219,16 @@ def test_a_number_that_leaves_more_than_rounding_is_not_named(size: float, tmp_p
     engine = Engine(port, model.weights, model.config)
     assert [e.parameter for e in fit_numbers(engine, ["logits"])] == ["rope_theta"]
     assert named_by_logits(tensors, tmp_path) == ["UNKNOWN"]
+
+
+def test_a_bug_whose_results_are_not_numbers_is_ruled_out(tmp_path: Path) -> None:
+    model = MODELS["float32"]
+    bug = KnownBug("nan", "", ("logits",), function(soft_cap=lambda x, cap: x * np.nan), "")
+    for weights in (model.weights, noisy(model.weights, 1.0)):  # of a port that conforms, and of one that does not
+        port = candidate({"logits": forward(IDS, weights, model.config).logits}, tmp_path, model.config)
+        report = report_on(Engine(port, model.weights, model.config), bugs=(bug,))
+        assert [found.named for found in report.findings] == ([] if weights is model.weights else ["UNKNOWN"])
+        assert report.excluded == (bug,)
 
 
 def test_numbers_are_tried_before_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

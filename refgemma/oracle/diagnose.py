@@ -228,8 +228,8 @@ class Diagnosis:
             left = self._measure(name, computed)
             if name in self.wrong:
                 self._left[bug.name, name] = left
-            if bug.kind == "mistake" and not before and SPAN_LIMIT * self.engine.override < left < math.inf:
-                return False  # the same result as `judge`, in less time
+            if bug.kind == "mistake" and not before and left > SPAN_LIMIT * self.engine.override:
+                return False  # `judge` would say the same later; results that are not finite explain nothing
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise was measured for the correct model, not for this bug, so only its size is judged.
         if allowed.measured and name not in self.few:
