@@ -225,7 +225,7 @@ class Diagnosis:
             return True
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
         if not self.engine.is_direct(name):
-            left = self._measure(name, computed)
+            left = self._measure(name, computed, exact)
             if name in self.wrong:
                 self._left[bug.name, name] = left
             if bug.kind == "mistake" and not before and left > SPAN_LIMIT * self.engine.override:
@@ -483,12 +483,16 @@ class Diagnosis:
         left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in bugs]
         return sorted(left, key=lambda one: one[0])
 
-    def _measure(self, name: str, computed: Computed) -> float:
-        """Return the root mean square error of a recorded tensor, in standard deviations, if computed with a bug."""
+    def _measure(self, name: str, computed: Computed, exact: Array | None = None) -> float:
+        """Return the root mean square error of a recorded tensor, in standard deviations, if computed with a bug.
+
+        `exact` is the result with the bug, if it is already known.
+        """
         where = self.engine.where(name)
         with np.errstate(all="ignore"):
-            error = self.candidate.tensors[name].numbers - computed.result(name)
-            units = (error / self.engine.tolerance(name, computed).std)[where]
+            exact = computed.result(name) if exact is None else exact
+            error = self.candidate.tensors[name].numbers - exact
+            units = (error / self.engine.tolerance(name, computed, exact).std)[where]
             found = float(np.sqrt(np.mean(units**2)))
         return found if math.isfinite(found) else math.inf
 

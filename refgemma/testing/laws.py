@@ -55,8 +55,8 @@ PROBE = 2.0**-14
 # this would happen in 1 of 100 searches. Hypothesis ends a search in the same way, but for one in a hundred: after 459.
 REFUSALS_IN_A_ROW = math.ceil(math.log(0.01) / math.log(1 - 1 / 20))
 
-# The number of examples per law. There is no deadline, because a first call may compile. Hypothesis does not explain a
-# failure: that takes nine tenths of the time of a law that fails, and the printed program says more.
+# The number of examples per law. There is no deadline, because a first call may compile. The phase `explain` of
+# Hypothesis is off: it takes nine tenths of the time of a law that fails, and the printed program shows more.
 COMMON = settings(
     deadline=None, database=None, suppress_health_check=list(HealthCheck),
     phases=[phase for phase in Phase if phase != Phase.explain],
